@@ -1,0 +1,224 @@
+"""Every knob, with its default and what it means; loading recipes and overriding them.
+
+A recipe is a Python file whose `get_config()` (or `get_config(arg)`, reached as `recipe.py:arg`) changes what it needs
+of `default()`. Keys are dotted: `optimizer.learning_rate`. Limits on values are in `latentjax.validation`.
+"""
+
+import ast
+import difflib
+import inspect
+import json
+import runpy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from latentjax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """Returns a new config that names every knob; it is locked (no new keys) and type-safe."""
+    config = ConfigDict()
+
+    config.model = model = ConfigDict()
+    model.architecture = "gpt_neox"  # the block: gpt_neox or llama
+    model.num_layers = 6
+    model.hidden_size = 512  # D
+    model.num_heads = 8  # H; the head dimension is hidden_size / num_heads
+    model.num_kv_heads = 0  # heads of keys and values (llama); 0: as many as num_heads
+    model.intermediate_size = 2048  # F, width of the MLP
+    model.vocab_size = 50304  # V, rows of the embedding and columns of the head; may exceed the tokenizer's
+    model.max_position_embeddings = 2048  # longest sequence in tokens; thoughts share their token's position
+    model.rotary_fraction = 0.25  # share of each head that is rotated (gpt_neox; llama rotates all: 1.0)
+    model.rope_theta = 10000.0  # base of the rotary wavelengths
+    model.parallel_residual = True  # gpt_neox: attention and MLP read the same input
+    model.norm_epsilon = 1e-5  # added to the variance in every norm
+    model.tie_embeddings = False  # the head is the transposed embedding
+    model.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax and loss stay in float32
+    model.attention = "auto"  # attention backend; auto takes the best one for the platform
+    model.remat = "none"  # what the backward pass recomputes: none, keep_matmul_outputs, keep_layer_inputs
+
+    config.recurrence = recurrence = ConfigDict()
+    recurrence.method = "latent"  # how the backbone is applied: vanilla or latent
+    recurrence.num_latent_thoughts = 1  # C, thoughts per token; 0 is a vanilla model
+    recurrence.num_jacobi_iterations = 3  # R in evaluation: refinement passes
+    recurrence.train_jacobi_iterations = (2, 3, 4)  # training draws R from these, uniformly, at every step
+    recurrence.backprop_passes = 0  # gradients flow through this many last passes; 0: through every pass
+    recurrence.scale_embeddings = True  # multiply token embeddings by the method's constant (latent: sqrt(2.5 D))
+
+    config.data = data = ConfigDict()
+    data.path = ""  # a token store, or a raw corpus (file or directory) that becomes one at first use
+    data.include = ("**/*.txt", "**/*.jsonl")  # files of a raw corpus directory, as glob patterns
+    data.exclude = ()  # glob patterns of files to leave out again
+    data.text_field = "text"  # the field of a JSON line that holds its text
+    data.tokenizer = "sentencepiece"  # of a raw corpus: bytes, sentencepiece (trained on it) or a .model file
+    data.tokenizer_vocab_size = 8192  # pieces of a sentencepiece model trained on the corpus
+    data.eval_fraction = 0.01  # share of documents held out for evaluation
+    data.store_cache = "~/.cache/latentjax/stores"  # where the token stores of raw corpora are kept
+    data.sequence_length = 2048  # T, tokens per sequence
+    data.batch_size = 8  # sequences per step, over all hosts and gradient accumulation steps
+    data.mask_documents = False  # keep attention, positions and thoughts within a document
+    data.seed = 0  # of the order of the windows
+    data.prefetch_batches = 4  # batches read ahead of the step by background threads
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-3  # peak, reached at the end of the warm-up
+    optimizer.min_learning_rate_ratio = 0.1  # floor of the cosine decay, as a share of the peak
+    optimizer.warmup_ratio = 0.01  # share of num_steps in which the learning rate rises linearly
+    optimizer.b1 = 0.9  # AdamW decay of the first moment
+    optimizer.b2 = 0.95  # AdamW decay of the second moment
+    optimizer.eps = 1e-8  # AdamW denominator offset
+    optimizer.weight_decay = 0.1  # on matrices only: not on biases and norm scales
+    optimizer.clip_norm = 1.0  # global gradient norm is clipped to this; 0: not clipped
+
+    config.train = train = ConfigDict()
+    train.num_steps = 1000
+    train.log_every_steps = 10
+    train.eval_every_steps = 100  # also after the last step; 0: never
+    train.eval_batches = 8  # batches of held-out windows per evaluation (fewer if the split has fewer)
+    train.sample_every_steps = 500  # also after the last step; 0: never
+    train.sample_prompts = ("The ",)  # continued in samples.txt
+    train.sample_tokens = 64  # tokens generated per prompt
+    train.sample_temperature = 0.8  # 0: greedy
+    train.gradient_accumulation_steps = 1  # microbatches per step
+    train.loss_chunk_tokens = 0  # tokens per sequence whose logits are held at once; 0: all
+    train.seed = 0  # of initialisation, of the draws of R and of samples
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500  # also when the run ends or is stopped
+    checkpoint.max_to_keep = 2  # the last ones
+    checkpoint.keep_every_steps = 0  # and for good every multiple of this; 0: none
+
+    config.mesh = mesh = ConfigDict()  # devices along each axis; one of them may be -1: the rest
+    mesh.replica = 1  # data parallel over the slow network between slices
+    mesh.data = -1  # data parallel
+    mesh.fsdp = 1  # data parallel, with parameters and optimizer state sharded
+    mesh.sequence = 1  # slots of a sequence
+    mesh.tensor = 1  # heads, MLP width and vocabulary
+
+    config.lock()
+    return config
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns {dotted key: value} in the order of `default()`."""
+    return dict(_leaves(config, ""))
+
+
+def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Runs a recipe and applies overrides.
+
+    Args:
+      recipe: path of a Python file, with `:arg` behind it where its `get_config` takes an argument.
+      overrides: `dotted.key=value` strings, applied in order.
+
+    Raises:
+      UserError: no such file, a recipe that fails or returns something else, an unknown key, a value of another type.
+    """
+    path, _, argument = recipe.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"no recipe at {path!r}: give --config the path of a Python file such as configs/quickstart.py")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise UserError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
+    if not callable(get_config):
+        raise UserError(f"{path} defines no get_config(): a recipe returns its config from that function")
+    if argument and not inspect.signature(get_config).parameters:
+        raise UserError(f"{path} takes no argument, but was given ':{argument}'")
+    try:
+        config = get_config(*([argument] if argument else []))
+    except UserError:
+        raise
+    except Exception as error:
+        # ml_collections names the nearest key, and both types, in these messages.
+        reason = str(error.args[0]) if error.args else ""
+        raise UserError(f"{_place(path, error)}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(default()).keys():
+        raise UserError(f"{path}: get_config() must return a config made by latentjax.config.default()")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
+        set_key(config, key, text)
+    return config
+
+
+def _place(path: str, error: BaseException) -> str:
+    """Names the line of the recipe that an exception came through."""
+    lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__) if frame.filename == path]
+    return f"{path}:{lines[-1]}" if lines else path
+
+
+def set_key(config: ConfigDict, key: str, text: str) -> None:
+    """Sets a dotted key from the text of a command line, as the type of its default.
+
+    Raises:
+      UserError: no such key (the nearest is named), or the text is not of the key's type.
+    """
+    known = flatten(config)
+    if key not in known:
+        names = list(known) + [name.rsplit(".", 1)[1] for name in known]
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        full = [name for name in known if near and (name == near[0] or name.endswith(f".{near[0]}"))]
+        hint = f"did you mean {full[0]!r}?" if full else f"the groups are {', '.join(config.keys())}"
+        raise UserError(f"unknown config key {key!r}: {hint}")
+    group, name = key.rsplit(".", 1)
+    config[group][name] = _parse(key, text, known[key])
+
+
+def _parse(key: str, text: str, default_value: Any) -> Any:
+    """Reads `text` as a value of the type that `default_value` has."""
+    kind = type(default_value)
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    if kind is tuple and not isinstance(value, list | tuple):
+        value = tuple(text.split(",")) if isinstance(value, str) else (value,)
+    if kind is tuple:
+        value = tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e6 steps
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple"}[kind]
+        raise UserError(f"config key {key!r} takes {wanted}, not {text!r}")
+    return value
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the resolved config as indented JSON (what a run keeps as config.json)."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, source: str) -> ConfigDict:
+    """Reads what `to_json` wrote; `source` names the file in errors.
+
+    Raises:
+      UserError: the text is not such a config.
+    """
+    try:
+        groups = json.loads(text)
+        config = default()
+        for group, knobs in groups.items():
+            for name, value in knobs.items():
+                config[group][name] = tuple(value) if isinstance(value, list) else value
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source} is not a latentjax config: {error}") from error
+    return config

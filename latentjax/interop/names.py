@@ -1,0 +1,132 @@
+"""Name tables: which Hugging Face tensor is which parameter, and how the two are laid out.
+
+One entry per tensor, so that tensors can be read and written one at a time. In names, `{layer}` stands for the index of
+a layer; parameters of layers are stacked on axis 0, so layer i of a tensor is row i of its parameter.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from latentjax.models.spec import ModelSpec
+
+Transform = Callable[[np.ndarray, ModelSpec], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor.
+
+    Attributes:
+      tensor: Hugging Face name.
+      parameter: path in the params tree, joined by "/".
+      read, write: from the tensor's layout to the parameter's (of one layer), and back.
+    """
+
+    tensor: str
+    parameter: str
+    read: Transform = lambda array, spec: array
+    write: Transform = lambda array, spec: array
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter holds all layers."""
+        return "{layer}" in self.tensor
+
+
+def _matrix(tensor: str, parameter: str, inputs: str, outputs: str) -> Entry:
+    """A torch Linear weight (out, in) to a kernel (inputs..., outputs...); axes are letters D, F, V, H, G, K."""
+
+    def read(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+        return array.T.reshape([_sizes(spec)[axis] for axis in inputs + outputs])
+
+    def write(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+        rows = int(np.prod(array.shape[: len(inputs)]))
+        return array.reshape(rows, -1).T
+
+    return Entry(tensor, parameter, read, write)
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    return {
+        "D": spec.hidden_size,
+        "F": spec.intermediate_size,
+        "V": spec.vocab_size,
+        "H": spec.num_heads,
+        "G": spec.kv_heads,
+        "K": spec.head_dim,
+    }
+
+
+# GPT-NeoX fuses query, key and value with heads outermost, (H, 3, K); ours has (3, H, K).
+def _read_fused_kernel(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    return array.T.reshape(spec.hidden_size, spec.num_heads, 3, spec.head_dim).transpose(0, 2, 1, 3)
+
+
+def _write_fused_kernel(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    return array.transpose(0, 2, 1, 3).reshape(spec.hidden_size, -1).T
+
+
+def _read_fused_bias(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    return array.reshape(spec.num_heads, 3, spec.head_dim).transpose(1, 0, 2)
+
+
+def _write_fused_bias(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    return array.transpose(1, 0, 2).reshape(-1)
+
+
+_NEOX_LAYER = "gpt_neox.layers.{layer}."
+GPT_NEOX = (
+    Entry("gpt_neox.embed_in.weight", "embedding/embedding"),
+    Entry(_NEOX_LAYER + "input_layernorm.weight", "backbone/layers/input_norm/scale"),
+    Entry(_NEOX_LAYER + "input_layernorm.bias", "backbone/layers/input_norm/bias"),
+    Entry(
+        _NEOX_LAYER + "attention.query_key_value.weight",
+        "backbone/layers/query_key_value/kernel",
+        _read_fused_kernel,
+        _write_fused_kernel,
+    ),
+    Entry(
+        _NEOX_LAYER + "attention.query_key_value.bias",
+        "backbone/layers/query_key_value/bias",
+        _read_fused_bias,
+        _write_fused_bias,
+    ),
+    _matrix(_NEOX_LAYER + "attention.dense.weight", "backbone/layers/attention_out/kernel", "HK", "D"),
+    Entry(_NEOX_LAYER + "attention.dense.bias", "backbone/layers/attention_out/bias"),
+    Entry(_NEOX_LAYER + "post_attention_layernorm.weight", "backbone/layers/mlp_norm/scale"),
+    Entry(_NEOX_LAYER + "post_attention_layernorm.bias", "backbone/layers/mlp_norm/bias"),
+    _matrix(_NEOX_LAYER + "mlp.dense_h_to_4h.weight", "backbone/layers/mlp_in/kernel", "D", "F"),
+    Entry(_NEOX_LAYER + "mlp.dense_h_to_4h.bias", "backbone/layers/mlp_in/bias"),
+    _matrix(_NEOX_LAYER + "mlp.dense_4h_to_h.weight", "backbone/layers/mlp_out/kernel", "F", "D"),
+    Entry(_NEOX_LAYER + "mlp.dense_4h_to_h.bias", "backbone/layers/mlp_out/bias"),
+    Entry("gpt_neox.final_layer_norm.weight", "backbone/final_norm/scale"),
+    Entry("gpt_neox.final_layer_norm.bias", "backbone/final_norm/bias"),
+    _matrix("embed_out.weight", "head/kernel", "D", "V"),
+)
+
+_LLAMA_LAYER = "model.layers.{layer}."
+LLAMA = (
+    Entry("model.embed_tokens.weight", "embedding/embedding"),
+    Entry(_LLAMA_LAYER + "input_layernorm.weight", "backbone/layers/input_norm/scale"),
+    _matrix(_LLAMA_LAYER + "self_attn.q_proj.weight", "backbone/layers/query/kernel", "D", "HK"),
+    _matrix(_LLAMA_LAYER + "self_attn.k_proj.weight", "backbone/layers/key/kernel", "D", "GK"),
+    _matrix(_LLAMA_LAYER + "self_attn.v_proj.weight", "backbone/layers/value/kernel", "D", "GK"),
+    _matrix(_LLAMA_LAYER + "self_attn.o_proj.weight", "backbone/layers/attention_out/kernel", "HK", "D"),
+    Entry(_LLAMA_LAYER + "post_attention_layernorm.weight", "backbone/layers/mlp_norm/scale"),
+    _matrix(_LLAMA_LAYER + "mlp.gate_proj.weight", "backbone/layers/mlp_gate/kernel", "D", "F"),
+    _matrix(_LLAMA_LAYER + "mlp.up_proj.weight", "backbone/layers/mlp_up/kernel", "D", "F"),
+    _matrix(_LLAMA_LAYER + "mlp.down_proj.weight", "backbone/layers/mlp_out/kernel", "F", "D"),
+    Entry("model.norm.weight", "backbone/final_norm/scale"),
+    _matrix("lm_head.weight", "head/kernel", "D", "V"),
+)
+
+TABLES = {"gpt_neox": GPT_NEOX, "llama": LLAMA}
+
+
+def name_table(spec: ModelSpec) -> tuple[Entry, ...]:
+    """The entries of a model's architecture; a tied model has no head of its own."""
+    return tuple(
+        entry for entry in TABLES[spec.architecture] if not (spec.tie_embeddings and entry.parameter.startswith("head/"))
+    )

@@ -1,0 +1,190 @@
+"""Loading Hugging Face model folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from latentjax.errors import UserError
+from latentjax.interop.names import name_table
+from latentjax.models.spec import ModelSpec
+from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.language_model import LanguageModel
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_pretrained(directory: str | Path) -> tuple[LanguageModel, dict[str, Any]]:
+    """Reads a GPT-NeoX or LLaMA folder, plain or with latent thoughts.
+
+    Args:
+      directory: holds config.json and model.safetensors, or shards of it with their index.
+
+    Returns:
+      The model, computing in float32, and its float32 params: `model.apply({"params": params}, tokens_BT)` gives logits.
+
+    Raises:
+      UserError: a missing or broken file, a config this package does not implement, missing, extra or misshapen tensors.
+    """
+    directory = Path(directory)
+    config = _read_json(directory / "config.json")
+    spec, recurrence_spec = specs_from_config(config, str(directory / "config.json"))
+    return LanguageModel(spec, recurrence_spec), params_from_tensors(_read_tensors(directory), spec, str(directory))
+
+
+def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, RecurrenceSpec]:
+    """Translates a Hugging Face config, with the reference's keys for latent thoughts, to ours.
+
+    Raises:
+      UserError: a key is missing, or asks for what is not implemented; `source` names the file.
+    """
+    architecture = _require(config, "model_type", source)
+    neox = architecture == "gpt_neox"
+    _expect(config, "model_type", ("gpt_neox", "llama"), source)
+    _expect(config, "hidden_act", ("gelu",) if neox else ("silu",), source)
+    for key, only in (("rope_scaling", None), ("attention_bias", neox), ("mlp_bias", False), ("interpolation", False)):
+        if key in config and config[key] not in (only, None):
+            raise UserError(f"{source}: {key}={config[key]!r} is not implemented; only {only!r} is")
+    if "head_dim" in config and config["head_dim"] not in (
+        None,
+        _require(config, "hidden_size", source) // _require(config, "num_attention_heads", source),
+    ):
+        raise UserError(f"{source}: head_dim={config['head_dim']} is not hidden_size / num_attention_heads")
+    # transformers 5 gathers the rotary settings in rope_parameters; before, each had a key of its own.
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{source}: rope_type={rope['rope_type']!r} is not implemented; only 'default' is")
+    spec = ModelSpec(
+        architecture=architecture,
+        num_layers=_require(config, "num_hidden_layers", source),
+        hidden_size=_require(config, "hidden_size", source),
+        num_heads=_require(config, "num_attention_heads", source),
+        num_kv_heads=config.get("num_key_value_heads") or 0,
+        intermediate_size=_require(config, "intermediate_size", source),
+        vocab_size=_require(config, "vocab_size", source),
+        max_position_embeddings=_require(config, "max_position_embeddings", source),
+        rotary_fraction=rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)) if neox else 1.0,
+        rope_theta=float(
+            rope.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
+        ),
+        parallel_residual=config.get("use_parallel_residual", True) if neox else False,
+        norm_epsilon=config.get("layer_norm_eps", 1e-5) if neox else config.get("rms_norm_eps", 1e-6),
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        dtype="float32",
+        attention="auto",
+        remat="none",
+    )
+    method = config.get("method") or ("latent" if config.get("recurrent_model") else "vanilla")
+    if method not in ("vanilla", "latent"):
+        raise UserError(f"{source}: method={method!r} is not implemented; vanilla and latent are")
+    num_thoughts = _require(config, "num_latent_thoughts", source) if method == "latent" else 0
+    iterations = config.get("num_jacobi_iterations", 3)
+    return spec, RecurrenceSpec(
+        method=method,
+        num_latent_thoughts=num_thoughts,
+        num_jacobi_iterations=iterations,
+        train_jacobi_iterations=(iterations,),
+        backprop_passes=0,
+        scale_embeddings=config.get("scale_embeds", True),
+    )
+
+
+def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source: str) -> dict[str, Any]:
+    """Lays Hugging Face tensors out as a params tree (float32, layers stacked on axis 0).
+
+    Raises:
+      UserError: a tensor is missing, left over, or of another shape than the config says; `source` names the folder.
+    """
+    remaining = dict(tensors)
+    params = {}
+    for entry in name_table(spec):
+        layers = range(spec.num_layers) if entry.stacked else range(1)
+        arrays = []
+        for layer in layers:
+            name = entry.tensor.format(layer=layer)
+            if name not in remaining:
+                raise UserError(f"{source}: tensor {name!r} is missing")
+            array = np.asarray(remaining.pop(name), np.float32)
+            try:
+                arrays.append(entry.read(array, spec))
+            except ValueError as error:
+                raise UserError(f"{source}: tensor {name!r} has shape {array.shape}: {error}") from error
+        params[tuple(entry.parameter.split("/"))] = jnp.asarray(np.stack(arrays) if entry.stacked else arrays[0])
+    if spec.tie_embeddings:  # a tied head may be stored all the same
+        remaining = {name: array for name, array in remaining.items() if name not in ("embed_out.weight", "lm_head.weight")}
+    # Old GPT-NeoX and LLaMA exports carry constants that are recomputed here.
+    derived = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+    extra = sorted(name for name in remaining if not name.endswith(derived))
+    if extra:
+        raise UserError(f"{source}: tensor {extra[0]!r} is not part of this model ({len(extra)} such)")
+    _check_shapes(params, spec, source)
+    return unflatten_dict(params)
+
+
+def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np.ndarray]:
+    """The inverse of `params_from_tensors`: {Hugging Face name: array}, for params or for their gradients."""
+    flat = flatten_dict(params, sep="/")
+    tensors = {}
+    for entry in name_table(spec):
+        array = np.asarray(flat[entry.parameter])
+        for layer in range(spec.num_layers) if entry.stacked else range(1):
+            row = array[layer] if entry.stacked else array
+            tensors[entry.tensor.format(layer=layer)] = np.ascontiguousarray(entry.write(row, spec))
+    return tensors
+
+
+def _check_shapes(params: dict[tuple[str, ...], Any], spec: ModelSpec, source: str) -> None:
+    import jax
+
+    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False)
+    expected = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    import flax.linen as nn
+
+    for path, leaf in flatten_dict(nn.meta.unbox(expected)["params"]).items():
+        if params[path].shape != leaf.shape:
+            raise UserError(
+                f"{source}: the tensors of {'/'.join(path)} make {params[path].shape}, but config.json makes {leaf.shape}"
+            )
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    names = ["model.safetensors"]
+    if (directory / INDEX).exists():
+        names = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
+    tensors = {}
+    for name in names:
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: a model folder holds config.json and safetensors (pickles are not read)")
+        try:
+            # The flax framework reads bfloat16, which NumPy's does not.
+            with safe_open(path, framework="flax") as file:
+                tensors.update({key: np.asarray(file.get_tensor(key).astype(jnp.float32)) for key in file.keys()})
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: give the directory of a Hugging Face model") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _require(config: dict[str, Any], key: str, source: str) -> Any:
+    if key not in config:
+        raise UserError(f"{source}: {key!r} is missing")
+    return config[key]
+
+
+def _expect(config: dict[str, Any], key: str, allowed: tuple[Any, ...], source: str) -> None:
+    if config.get(key, allowed[0]) not in allowed:
+        choices = " and ".join(repr(choice) for choice in allowed)
+        raise UserError(f"{source}: {key}={config[key]!r} is not implemented; {choices} are")

@@ -1,0 +1,55 @@
+"""Token embedding and language-model head."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from latentjax.models.layers import matrix_init, shard_activation
+from latentjax.models.spec import ModelSpec
+
+
+class Embedding(nn.Module):
+    """Rows of a (V, D) float32 table, multiplied by a constant.
+
+    Attributes:
+      scale: the constant; the recurrence chooses it so that tokens and thoughts have the same size.
+    """
+
+    spec: ModelSpec
+    scale: float
+
+    def setup(self) -> None:
+        spec = self.spec
+        init = nn.with_logical_partitioning(matrix_init(spec), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (spec.vocab_size, spec.hidden_size), jnp.float32)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Returns (B, T, D) in the compute dtype for int token ids."""
+        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0) * self.scale
+        return shard_activation(x_BTD.astype(self.spec.compute_dtype), "batch", "slots", None)
+
+    def transposed(self) -> jax.Array:
+        """The (D, V) matrix of a tied head."""
+        return self.embedding.T
+
+
+class Head(nn.Module):
+    """From hidden states to float32 logits, by its own matrix or a tied one."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, h_BTD: jax.Array, tied_DV: jax.Array | None) -> jax.Array:
+        """Returns (..., T, V) float32 logits: operands in the compute dtype, sums in float32."""
+        spec = self.spec
+        kernel_DV = tied_DV
+        if kernel_DV is None:
+            init = nn.with_logical_partitioning(matrix_init(spec), ("embed", "vocab"))
+            kernel_DV = self.param("kernel", init, (spec.hidden_size, spec.vocab_size), jnp.float32)
+        logits = jnp.einsum(
+            "...D,DV->...V",
+            h_BTD.astype(spec.compute_dtype),
+            kernel_DV.astype(spec.compute_dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return shard_activation(logits, *["batch", "slots"][: logits.ndim - 1], "act_vocab")

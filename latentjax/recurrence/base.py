@@ -1,0 +1,84 @@
+"""What every method offers, and the settings that choose one."""
+
+import abc
+import dataclasses
+
+import flax.linen as nn
+import jax
+
+from latentjax.models.cache import KeyValueCache
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrenceSpec:
+    """The `recurrence` group of the config (see `latentjax.config` for each field); hashable, so static under jit."""
+
+    method: str
+    num_latent_thoughts: int
+    num_jacobi_iterations: int
+    train_jacobi_iterations: tuple[int, ...]
+    backprop_passes: int
+    scale_embeddings: bool
+
+
+class Recurrence(abc.ABC):
+    """A method. `backbone` is always a bound Flax module with the signature of `models.backbone.Backbone`."""
+
+    @property
+    @abc.abstractmethod
+    def slots_per_token(self) -> int:
+        """How many slots a token takes: C + 1."""
+
+    @property
+    @abc.abstractmethod
+    def uses_jacobi_iterations(self) -> bool:
+        """Whether R changes what is computed; if not, one program serves every R."""
+
+    @abc.abstractmethod
+    def embedding_scale(self, hidden_size: int) -> float:
+        """The constant that token embeddings are multiplied by."""
+
+    @abc.abstractmethod
+    def token_forwards(self, num_jacobi_iterations: int) -> int:
+        """Slots through the backbone per token in one training forward: the method's cost next to vanilla's 1."""
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        num_jacobi_iterations: int,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The training forward, over all tokens at once.
+
+        Args:
+          x_BTD: scaled token embeddings.
+          positions_BT: int32, B may be 1; segment_ids_BT: int32 or None.
+          num_jacobi_iterations: R, static.
+
+        Returns:
+          What the head reads, (B, T, D), and the thought residual of each refinement pass, float32 (R,): the relative
+          RMS change of the thoughts in that pass; None where the method has no refinement passes.
+        """
+
+    @abc.abstractmethod
+    def decode(
+        self,
+        backbone: nn.Module,
+        x_BD: jax.Array,
+        position_B: jax.Array,
+        segment_id_B: jax.Array | None,
+        cache: KeyValueCache,
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """Feeds one token per sequence, with its thoughts one after another: the method's exact definition.
+
+        Args:
+          x_BD: scaled token embeddings; position_B: int32 (B,); segment_id_B: int32 (B,) or None.
+          cache: room for `slots_per_token` more slots.
+
+        Returns:
+          What the head reads to predict the next token, (B, D), and the grown cache.
+        """

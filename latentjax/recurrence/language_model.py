@@ -1,0 +1,92 @@
+"""The whole language model: embedding, a backbone applied by a recurrence, head."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from latentjax.models.backbone import Backbone
+from latentjax.models.cache import KeyValueCache
+from latentjax.models.embedding import Embedding, Head
+from latentjax.models.spec import ModelSpec
+from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.methods import make_recurrence
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, logits out, by any method on any architecture.
+
+    Attributes:
+      spec: the model.
+      recurrence_spec: the method and its settings.
+    """
+
+    spec: ModelSpec
+    recurrence_spec: RecurrenceSpec
+
+    def setup(self) -> None:
+        recurrence = make_recurrence(self.recurrence_spec)
+        self.recurrence = recurrence
+        self.embedding = Embedding(self.spec, recurrence.embedding_scale(self.spec.hidden_size))
+        self.backbone = Backbone(self.spec, recurrence.slots_per_token)
+        self.head = Head(self.spec)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        num_jacobi_iterations: int | None = None,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits (B, T, V) float32; row t predicts token t + 1.
+
+        Args:
+          tokens_BT: int token ids.
+          num_jacobi_iterations: R, static; None: the model's own (`recurrence.num_jacobi_iterations`).
+          positions_BT, segment_ids_BT: int32, for packed documents; None: 0 .. T - 1 and one segment.
+        """
+        hidden_BTD, _ = self.hidden(
+            tokens_BT,
+            num_jacobi_iterations=num_jacobi_iterations,
+            positions_BT=positions_BT,
+            segment_ids_BT=segment_ids_BT,
+        )
+        return self.logits(hidden_BTD)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        num_jacobi_iterations: int | None = None,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What the head reads, (B, T, D), and the thought residuals (R,) or None; arguments as in `__call__`."""
+        if num_jacobi_iterations is None:
+            num_jacobi_iterations = self.recurrence_spec.num_jacobi_iterations
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        x_BTD = self.embedding(tokens_BT)
+        if self.is_initializing():
+            # Parameters are the backbone's: one plain pass makes them all, whatever the method does with it.
+            return self.backbone(x_BTD, positions_BT, segment_ids_BT)[0], None
+        return self.recurrence.forward(
+            self.backbone, x_BTD, positions_BT, segment_ids_BT, num_jacobi_iterations=num_jacobi_iterations
+        )
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """The head: (..., T, D) to float32 (..., T, V)."""
+        return self.head(hidden_BTD, self.embedding.transposed() if self.spec.tie_embeddings else None)
+
+    def decode(
+        self, token_B: jax.Array, position_B: jax.Array, cache: KeyValueCache
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """Feeds one token per sequence and returns the logits of the next, float32 (B, V), with the grown cache."""
+        x_BD = self.embedding(token_B[:, None])[:, 0]
+        hidden_BD, cache = self.recurrence.decode(self.backbone, x_BD, position_B, None, cache)
+        return self.logits(hidden_BD[:, None])[:, 0], cache
+
+    def empty_cache(self, batch_size: int, num_tokens: int) -> KeyValueCache:
+        """A cache with room for `num_tokens` tokens and their thoughts."""
+        slots_per_token = make_recurrence(self.recurrence_spec).slots_per_token
+        return KeyValueCache.empty(self.spec, batch_size, num_tokens * slots_per_token)

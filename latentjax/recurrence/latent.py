@@ -1,0 +1,133 @@
+"""Latent thoughts: PonderLM-2 (arXiv 2509.23184), section 3.
+
+Slots are interleaved, x_1 z_1^1 .. z_1^C x_2 z_2^1 .., and the input of a thought slot is the backbone's output at the
+slot before it. Decoding fills slots one by one. Training solves the same equations for all tokens at once by Jacobi
+iteration: the thoughts start from C growing passes, and each of R refinement passes replaces all of them by what the
+backbone makes of the previous ones. A token's thoughts depend on earlier slots only, so a pass more makes one slot
+more exact, and all of them about threefold closer.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from latentjax.models.cache import KeyValueCache
+from latentjax.models.layers import shard_activation
+from latentjax.recurrence.base import Recurrence
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent(Recurrence):
+    """C latent thoughts per token.
+
+    Attributes:
+      num_latent_thoughts: C >= 1 (C = 0 is `Vanilla`).
+      backprop_passes: gradients flow through this many of the last passes only; 0: through all.
+      scale_embeddings: give token embeddings unit RMS at initialisation, which thoughts have after the final norm.
+    """
+
+    num_latent_thoughts: int
+    backprop_passes: int
+    scale_embeddings: bool
+
+    uses_jacobi_iterations = True
+
+    @property
+    def slots_per_token(self) -> int:
+        """C + 1."""
+        return self.num_latent_thoughts + 1
+
+    def embedding_scale(self, hidden_size: int) -> float:
+        """sqrt(2.5 D): the inverse of the embedding's standard deviation at initialisation."""
+        return (2.5 * hidden_size) ** 0.5 if self.scale_embeddings else 1.0
+
+    def token_forwards(self, num_jacobi_iterations: int) -> int:
+        """C (C + 1) / 2 growing, and R + 1 passes over C + 1 slots."""
+        slots = self.slots_per_token
+        return self.num_latent_thoughts * slots // 2 + (num_jacobi_iterations + 1) * slots
+
+    def forward(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        num_jacobi_iterations: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Growing passes, R refinement passes as one scan, and the pass whose prediction slots the head reads."""
+        num_thoughts = self.num_latent_thoughts
+        # Passes before this one are computed without keeping anything for the backward pass.
+        num_passes = num_thoughts + num_jacobi_iterations + 1
+        first_kept = num_passes - self.backprop_passes if self.backprop_passes else 0
+
+        def apply_pass(backbone: nn.Module, z_BTCD: jax.Array, keep: bool) -> jax.Array:
+            """One pass over x and however many thoughts there are: outputs (B, T, slots, D)."""
+            slots_BTSD = jnp.concatenate([x_BTD[:, :, None], z_BTCD], axis=2)
+            if not keep:
+                slots_BTSD = jax.lax.stop_gradient(slots_BTSD)
+            batch_size, num_tokens, slots, width = slots_BTSD.shape
+            x_BSD = shard_activation(slots_BTSD.reshape(batch_size, num_tokens * slots, width), "batch", "slots", None)
+            h_BSD, _ = backbone(x_BSD, _repeat(positions_BT, slots), _repeat(segment_ids_BT, slots))
+            h_BTSD = h_BSD.reshape(slots_BTSD.shape)
+            return h_BTSD if keep else jax.lax.stop_gradient(h_BTSD)
+
+        z_BTCD = x_BTD[:, :, :0].reshape(*x_BTD.shape[:2], 0, x_BTD.shape[2])
+        for k in range(num_thoughts):
+            # The pass that appends thought k + 1 also refines those before it.
+            z_BTCD = apply_pass(backbone, z_BTCD, keep=k >= first_kept)
+
+        def refine(backbone: nn.Module, z_BTCD: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
+            new_BTCD = apply_pass(backbone, z_BTCD, keep)[:, :, :num_thoughts]
+            return new_BTCD, thought_residual(new_BTCD, z_BTCD)
+
+        residuals = [jnp.zeros((0,), jnp.float32)]
+        num_free = min(max(first_kept - num_thoughts, 0), num_jacobi_iterations)
+        for keep, length in ((False, num_free), (True, num_jacobi_iterations - num_free)):
+            if length == 0:
+                continue
+            scanned = nn.scan(
+                lambda backbone, z_BTCD, _, keep=keep: refine(backbone, z_BTCD, keep),
+                variable_broadcast="params",
+                split_rngs={"params": False},
+                length=length,
+            )
+            z_BTCD, residual_R = scanned(backbone, z_BTCD, None)
+            residuals.append(residual_R)
+
+        h_BTSD = apply_pass(backbone, z_BTCD, keep=True)
+        return h_BTSD[:, :, num_thoughts], jnp.concatenate(residuals)
+
+    def decode(
+        self,
+        backbone: nn.Module,
+        x_BD: jax.Array,
+        position_B: jax.Array,
+        segment_id_B: jax.Array | None,
+        cache: KeyValueCache,
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """C + 1 slots, each fed the hidden state of the slot before."""
+        segment_ids_B1 = None if segment_id_B is None else segment_id_B[:, None]
+
+        def feed(backbone: nn.Module, carry: tuple, _: None) -> tuple[tuple, None]:
+            slot_B1D, cache = carry
+            return backbone(slot_B1D, position_B[:, None], segment_ids_B1, cache), None
+
+        scanned = nn.scan(
+            feed, variable_broadcast="params", split_rngs={"params": False}, length=self.slots_per_token
+        )
+        (h_B1D, cache), _ = scanned(backbone, (x_BD[:, None], cache), None)
+        return h_B1D[:, 0], cache
+
+
+def thought_residual(new_BTCD: jax.Array, old_BTCD: jax.Array) -> jax.Array:
+    """The RMS of the change over the RMS of the new thoughts: a float32 scalar, 0 at the fixed point."""
+    new_BTCD, old_BTCD = (jax.lax.stop_gradient(z).astype(jnp.float32) for z in (new_BTCD, old_BTCD))
+    return jnp.sqrt(jnp.mean(jnp.square(new_BTCD - old_BTCD)) / jnp.mean(jnp.square(new_BTCD)))
+
+
+def _repeat(ids_BT: jax.Array | None, slots: int) -> jax.Array | None:
+    """Gives every slot its token's id: (B, T) to (B, T * slots)."""
+    return None if ids_BT is None else jnp.repeat(ids_BT, slots, axis=1)

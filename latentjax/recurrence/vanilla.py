@@ -1,0 +1,51 @@
+"""The plain decoder: every token is one slot, and its hidden state predicts the next token."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+
+from latentjax.models.cache import KeyValueCache
+from latentjax.recurrence.base import Recurrence
+
+
+@dataclasses.dataclass(frozen=True)
+class Vanilla(Recurrence):
+    """The baseline."""
+
+    slots_per_token = 1
+    uses_jacobi_iterations = False
+
+    def embedding_scale(self, hidden_size: int) -> float:
+        """Embeddings enter as they are."""
+        return 1.0
+
+    def token_forwards(self, num_jacobi_iterations: int) -> int:
+        """One, by definition."""
+        return 1
+
+    def forward(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        num_jacobi_iterations: int,
+    ) -> tuple[jax.Array, None]:
+        """One pass."""
+        hidden_BTD, _ = backbone(x_BTD, positions_BT, segment_ids_BT)
+        return hidden_BTD, None
+
+    def decode(
+        self,
+        backbone: nn.Module,
+        x_BD: jax.Array,
+        position_B: jax.Array,
+        segment_id_B: jax.Array | None,
+        cache: KeyValueCache,
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """One slot."""
+        segment_ids_B1 = None if segment_id_B is None else segment_id_B[:, None]
+        hidden_B1D, cache = backbone(x_BD[:, None], position_B[:, None], segment_ids_B1, cache)
+        return hidden_B1D[:, 0], cache
