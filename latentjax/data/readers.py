@@ -64,9 +64,10 @@ def _documents_of_lines(lines, path: Path, text_field: str, tell: Callable[[], i
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
-            raise UserError(f"{where}: not a JSON line: {reason}") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not a JSON line: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise UserError(f"{where}: not a JSON line that can be read: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: a line must hold a JSON object, not {type(record).__name__}")
         if text_field not in record:
@@ -180,7 +181,7 @@ class Corpus:
 def _matching_files(root: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     wanted, unwanted = _compile(include), _compile(exclude)
     found = []
-    for directory, subdirectories, files in os.walk(root):
+    for directory, subdirectories, files in os.walk(root, onerror=_refuse):
         below = Path(directory).relative_to(root)
         # A directory that is left out is not walked: it may be large.
         subdirectories[:] = [name for name in subdirectories if not unwanted.fullmatch((below / name).as_posix())]
@@ -189,9 +190,17 @@ def _matching_files(root: Path, include: Sequence[str], exclude: Sequence[str]) 
     return sorted(name for name in found if (root / name).is_file())
 
 
+def _refuse(error: OSError) -> None:
+    # os.walk would otherwise pass over a directory that it may not read.
+    raise UserError(f"cannot read the directory {error.filename}: {error.strerror}")
+
+
 def _compile(patterns: Sequence[str]) -> re.Pattern:
     """Makes one regular expression of glob patterns over paths with `/`; none at all match nothing."""
-    return re.compile("|".join(map(_translate, patterns)) or r"(?!)", re.DOTALL)
+    try:
+        return re.compile("|".join(map(_translate, patterns)) or r"(?!)", re.DOTALL)
+    except re.error as error:
+        raise UserError(f"not a glob pattern among {_listed(patterns)}: {error}") from error
 
 
 def _translate(pattern: str) -> str:

@@ -1,0 +1,85 @@
+"""Showing how far a corpus is: a bar on a terminal, a line now and then elsewhere. Always on stderr."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Reports stages of work on a corpus; a disabled one says nothing (all hosts but the first)."""
+
+    def __init__(self, enabled: bool, stream: TextIO | None = None):
+        self._enabled = enabled
+        self._stream = stream or sys.stderr
+
+    def note(self, line: str) -> None:
+        """Writes one line."""
+        if self._enabled:
+            print(line, file=self._stream, flush=True)
+
+    @contextmanager
+    def stage(self, label: str, total_bytes: int) -> Iterator["Stage"]:
+        """Opens a stage that is done when `total_bytes` of the corpus's files have been read."""
+        stage = Stage(label, total_bytes, self._enabled, self._stream)
+        try:
+            yield stage
+        finally:
+            stage.close()
+
+
+class Stage:
+    """Counts documents, bytes of files and tokens, and shows them with their rates."""
+
+    def __init__(self, label: str, total_bytes: int, enabled: bool, stream: TextIO):
+        self._label, self._total, self._enabled, self._stream = label, total_bytes, enabled, stream
+        self.documents = self._bytes = self._tokens = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar = None
+        if enabled and stream.isatty():
+            self._bar = tqdm(
+                total=total_bytes, desc=label, unit="B", unit_scale=True, file=stream, dynamic_ncols=True, leave=True
+            )
+
+    def advance(self, file_bytes: int, tokens: int) -> None:
+        """Counts one document of so many bytes and tokens (0 where there are none yet)."""
+        self.documents += 1
+        self._bytes += file_bytes
+        self._tokens += tokens
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._counts(), refresh=False)
+            self._bar.update(file_bytes)
+        elif self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._print_line()
+
+    def _counts(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = f", {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        return f"{self.documents:,} documents{rate}"
+
+    def _print_line(self) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        left = seconds * (self._total - self._bytes) / self._bytes if self._bytes else float("nan")
+        print(
+            f"{self._label}: {self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, {self._counts()}, "
+            f"{self._bytes / 1e6 / seconds:,.1f} MB/s, {max(left, 0):,.0f} s left",
+            file=self._stream,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Shows the final counts."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._enabled:
+            print(
+                f"{self._label}: {self._counts()}, {time.monotonic() - self._start:,.1f} s",
+                file=self._stream,
+                flush=True,
+            )

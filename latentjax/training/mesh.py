@@ -1,0 +1,113 @@
+"""The device mesh and the one table that says what is sharded along it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from latentjax.errors import UserError
+
+AXES = ("replica", "data", "fsdp", "sequence", "tensor")
+BATCH_AXES = ("replica", "data", "fsdp")  # what the rows of a batch are split over
+
+# Logical axis name -> mesh axes. A name that is absent is not sharded.
+RULES: tuple[tuple[str, Any], ...] = (
+    # activations
+    ("batch", BATCH_AXES),
+    ("slots", "sequence"),
+    ("act_heads", "tensor"),
+    ("act_kv_heads", "tensor"),
+    ("act_mlp", "tensor"),
+    ("act_vocab", "tensor"),
+    # parameters, and with them the optimizer's moments
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+)
+
+
+def mesh_shape(config: ConfigDict, num_devices: int) -> tuple[int, ...]:
+    """Resolves the `mesh` group to one size per axis of AXES.
+
+    Raises:
+      UserError: the sizes do not make up the number of devices.
+    """
+    sizes = [config[axis] for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    written = ", ".join(f"{axis}={config[axis]}" for axis in AXES if config[axis] != 1)
+    if -1 in sizes and num_devices % fixed == 0:
+        sizes[sizes.index(-1)] = num_devices // fixed
+    if math.prod(sizes) != num_devices:
+        raise UserError(
+            f"config group 'mesh' ({written or 'all 1'}) needs "
+            f"{'a multiple of ' if -1 in sizes else ''}{fixed} devices, but there are {num_devices}: "
+            "change the sizes, or set one of them to -1 to take the rest"
+        )
+    return tuple(sizes)
+
+
+def check_divisible(config: ConfigDict, shape: Sequence[int]) -> None:
+    """Checks that everything sharded divides evenly over a mesh of this shape.
+
+    Raises:
+      UserError: names the size that does not divide and the mesh axis it is split over.
+    """
+    size = dict(zip(AXES, shape, strict=True))
+    rows = math.prod(size[axis] for axis in BATCH_AXES)
+    model, microbatches = config.model, config.train.gradient_accumulation_steps
+    demands = [
+        ("data.batch_size / train.gradient_accumulation_steps", config.data.batch_size // microbatches, rows,
+         "mesh.replica * mesh.data * mesh.fsdp"),
+        ("data.sequence_length", config.data.sequence_length, size["sequence"], "mesh.sequence"),
+        ("model.hidden_size", model.hidden_size, size["fsdp"], "mesh.fsdp"),
+        ("model.num_heads", model.num_heads, size["tensor"], "mesh.tensor"),
+        ("model.num_kv_heads", model.num_kv_heads or model.num_heads, size["tensor"], "mesh.tensor"),
+        ("model.intermediate_size", model.intermediate_size, size["tensor"], "mesh.tensor"),
+        ("model.vocab_size", model.vocab_size, size["tensor"], "mesh.tensor"),
+    ]  # fmt: skip
+    for name, number, divisor, axes in demands:
+        if number % divisor:
+            raise UserError(f"{name} is {number}, which {axes} = {divisor} does not divide: change one of them")
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+    """Arranges devices into the mesh that the config asks for, neighbours on the innermost axes.
+
+    Raises:
+      UserError: the sizes do not fit the devices, or the model and batch do not fit the sizes.
+    """
+    shape = mesh_shape(config.mesh, len(devices))
+    check_divisible(config, shape)
+    # Sharding is left to the compiler and steered by constraints: Auto axes, on every jax version.
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    if len(devices) == 1:
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def shardings_of(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings for a pytree of (possibly abstract) arrays whose parameters still carry their logical axis names."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the batch axes; tokens are not split here (T + 1 of them rarely divides)."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Turns this host's rows into global arrays, spread over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,54 @@
+"""The train state: all that a step changes."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from latentjax.recurrence.language_model import LanguageModel
+from latentjax.training.mesh import shardings_of
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A pytree.
+
+    Attributes:
+      step: int32 scalar, the number of steps taken.
+      params: float32 parameters.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+def _create(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state whose parameters still carry their logical axis names."""
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def abstract_state(
+    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state on this mesh, without any memory taken."""
+    boxed = jax.eval_shape(lambda: _create(model, optimizer, 0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings_of(boxed, mesh),
+    )
+
+
+def create_state(
+    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> TrainState:
+    """Initialises directly into its shards; the same numbers on every mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    return jax.jit(lambda: nn.meta.unbox(_create(model, optimizer, seed)), out_shardings=shardings)()

@@ -1,0 +1,110 @@
+"""The train step and the evaluation step, each a pure function that is compiled once per R."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from latentjax.recurrence.language_model import LanguageModel
+from latentjax.training.loss import next_token_loss
+from latentjax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    num_jacobi_iterations: int,
+    gradient_accumulation_steps: int,
+    loss_chunk_tokens: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns step(state, batch) -> (state, metrics), for one R.
+
+    The batch holds `tokens` (B, T + 1) and `loss_weights` (B, T), and with document masks `segment_ids` and `positions`
+    (B, T). Metrics are float32 scalars: `loss` in nats per token, `grad_norm` before clipping, `learning_rate`.
+    """
+
+    def loss_sum(params: Any, batch: Batch) -> jax.Array:
+        total, _ = summed_loss(model, params, batch, num_jacobi_iterations, loss_chunk_tokens)
+        return total
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The weights of the whole batch are known beforehand, so that microbatches add up to the full batch exactly.
+        total_weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+        grad_fn = jax.value_and_grad(lambda params, part: loss_sum(params, part) / total_weight)
+        if gradient_accumulation_steps == 1:
+            loss, grads = grad_fn(state.params, batch)
+        else:
+            loss, grads = _accumulate(grad_fn, state.params, batch, gradient_accumulation_steps)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def make_eval_step(
+    model: LanguageModel, *, num_jacobi_iterations: int, loss_chunk_tokens: int
+) -> Callable[[Any, Batch], Metrics]:
+    """Returns evaluate(params, batch) -> sums over the batch, float32 scalars.
+
+    `loss_sum` in nats and `weight_sum` give the loss; `thought_residual` is that of the last refinement pass, present
+    where the method has any.
+    """
+
+    def evaluate(params: Any, batch: Batch) -> Metrics:
+        total, residual_R = summed_loss(model, params, batch, num_jacobi_iterations, loss_chunk_tokens)
+        sums = {"loss_sum": total, "weight_sum": jnp.sum(batch["loss_weights"])}
+        if residual_R is not None and residual_R.shape[0]:
+            sums["thought_residual"] = residual_R[-1]
+        return sums
+
+    return evaluate
+
+
+def summed_loss(
+    model: LanguageModel, params: Any, batch: Batch, num_jacobi_iterations: int, loss_chunk_tokens: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """The batch's weighted sum of next-token cross-entropy, float32 nats, and the thought residuals (R,) or None."""
+    hidden_BTD, residual_R = model.apply(
+        {"params": params},
+        batch["tokens"][:, :-1],
+        num_jacobi_iterations=num_jacobi_iterations,
+        positions_BT=batch.get("positions"),
+        segment_ids_BT=batch.get("segment_ids"),
+        method="hidden",
+    )
+    total = next_token_loss(
+        lambda hidden: model.apply({"params": params}, hidden, method="logits"),
+        hidden_BTD,
+        batch["tokens"][:, 1:],
+        batch["loss_weights"],
+        chunk_tokens=loss_chunk_tokens,
+    )
+    return total, residual_R
+
+
+def _accumulate(grad_fn: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[jax.Array, Any]:
+    """Sums loss and gradients over microbatches, one after another, as a scan."""
+
+    def split(rows: jax.Array) -> jax.Array:
+        # Microbatch m takes every microbatches-th row: the rows that a device holds stay on that device.
+        return rows.reshape(rows.shape[0] // microbatches, microbatches, *rows.shape[1:]).swapaxes(0, 1)
+
+    def add(total: tuple, part: Batch) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
+    return total
