@@ -14,26 +14,50 @@ from latentjax.models.cache import KeyValueCache
 from latentjax.models.rotary import rotate
 
 
+# Queries are taken this many at a time, so that what causality hides is mostly never computed and what is held at once
+# stays small; beyond MAX_CHUNKS pieces the rest of the saving is not worth a larger program.
+QUERY_CHUNK = 64
+MAX_CHUNKS = 8
+
+
 def xla_attention(
-    q_BSHK: jax.Array,
-    k_BLGK: jax.Array,
-    v_BLGK: jax.Array,
-    *,
-    first_slot: jax.Array | int,
-    segment_ids_BS: jax.Array | None,
-    segment_ids_BL: jax.Array | None,
+    q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, segment_ids_BS: jax.Array | None
 ) -> jax.Array:
-    """Attention written out for XLA; softmax in float32. Serves every platform, masks and caches.
+    """Causal attention within a sequence, written out for XLA; serves every platform and mask.
 
     Args:
-      q_BSHK: queries of slots first_slot .. first_slot + S - 1.
-      k_BLGK, v_BLGK: keys and values of slots 0 .. L - 1; G divides H (grouped queries).
-      first_slot: index of the first query; a slot attends to slots up to and including itself.
-      segment_ids_BS, segment_ids_BL: segment of each query and key, or None for one segment throughout.
+      q_BSHK: queries; k_BSGK, v_BSGK: keys and values, where G divides H (grouped queries).
+      segment_ids_BS: slots attend within their segment only; None: one segment.
 
     Returns:
       (B, S, H, K) in the dtype of q.
     """
+    num_slots = q_BSHK.shape[1]
+    chunk = max(QUERY_CHUNK, -(-num_slots // MAX_CHUNKS))
+    attended = []
+    for start in range(0, num_slots, chunk):
+        stop = min(start + chunk, num_slots)
+        segments = (None, None) if segment_ids_BS is None else (segment_ids_BS[:, start:stop], segment_ids_BS[:, :stop])
+        attended.append(_attend(q_BSHK[:, start:stop], k_BSGK[:, :stop], v_BSGK[:, :stop], start, *segments))
+    return jnp.concatenate(attended, axis=1)
+
+
+def cached_attention(q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+    """Attention from the newest slots, whose keys and values are in the cache already, to all that it holds."""
+    keys_BLGK, values_BLGK = cache.layer(layer)
+    # The rows not yet written lie behind every query: causality keeps them out of sight.
+    return _attend(q_BSHK, keys_BLGK, values_BLGK, cache.length, segment_ids_BS, cache.segment_ids_BL)
+
+
+def _attend(
+    q_BSHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    first_slot: jax.Array | int,
+    segment_ids_BS: jax.Array | None,
+    segment_ids_BL: jax.Array | None,
+) -> jax.Array:
+    """Softmax attention of slots first_slot .. first_slot + S - 1 to slots 0 .. L - 1; softmax in float32."""
     batch_size, num_queries, num_heads, head_dim = q_BSHK.shape
     num_keys, num_kv_heads = k_BLGK.shape[1:3]
     grouped_shape = (batch_size, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -80,22 +104,7 @@ def self_attention(
       (B, S, H, K) and the cache with this layer's keys and values written.
     """
     q_BSHK, k_BSGK = rotate(q_BSHK, angles), rotate(k_BSGK, angles)
-    # Decoding attends from a handful of slots to a cache of which a part is empty: only XLA's form serves it.
     if cache is not None:
         cache = cache.write(layer, k_BSGK, v_BSGK)
-        keys, values = cache.layer(layer)
-        # All slots are one segment unless told otherwise; the empty rows behind are out of sight by causality.
-        attended = xla_attention(
-            q_BSHK,
-            keys,
-            values,
-            first_slot=cache.length,
-            segment_ids_BS=segment_ids_BS,
-            segment_ids_BL=cache.segment_ids_BL,
-        )
-        return attended, cache
-    attend = BACKENDS[choose_backend(backend)]
-    attended = attend(
-        q_BSHK, k_BSGK, v_BSGK, first_slot=0, segment_ids_BS=segment_ids_BS, segment_ids_BL=segment_ids_BS
-    )
-    return attended, None
+        return cached_attention(q_BSHK, cache, layer, segment_ids_BS), cache
+    return BACKENDS[choose_backend(backend)](q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS), None

@@ -230,6 +230,7 @@ def test_a_failure_leaves_nothing_behind(data, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing(data, tmp_path, monkeypatch):
     # A device that takes no byte stands in for the shard: what ArrayRecord then does is its own.
     monkeypatch.setattr(store_writer._SplitWriter, "_shard_path", lambda self, number: Path("/dev/full"))

@@ -63,11 +63,16 @@ def test_windows_share_one_token_and_spell_the_split(store):
     assert texts.startswith(store.tokenizer.decode(joined)[:-2])  # the last character may be cut
 
 
-def test_the_last_window_may_end_with_the_split(store):
-    split = store.split("train")
-    length = next(length for length in range(5, 99) if (split.num_tokens - 1) % length == 0)
-    windows = Windows(split, length)
-    assert windows[len(windows) - 1][-1] == store.eod_id == split.read(split.num_tokens - 1, 1)[0]
+def test_there_are_as_many_windows_as_fit_whatever_their_length(store):
+    split = store.split("eval")
+    fits = set()
+    for length in range(1, 80):
+        windows = Windows(split, length)
+        end = len(windows) * length + 1  # behind the last token of the last window
+        np.testing.assert_array_equal(windows[len(windows) - 1], split.read(end - length - 1, length + 1))
+        assert end <= split.num_tokens < end + length
+        fits.add(split.num_tokens - end)
+    assert 0 in fits  # a last window that ends with the split
 
 
 def test_too_few_tokens_for_a_window(store, data):
