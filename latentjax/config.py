@@ -84,6 +84,7 @@ def default() -> ConfigDict:
     train.sample_temperature = 0.8  # 0: greedy
     train.gradient_accumulation_steps = 1  # microbatches per step
     train.loss_chunk_tokens = 0  # tokens per sequence whose logits are held at once; 0: all
+    train.compilation_cache = "~/.cache/latentjax/compiled"  # keeps compiled programs for the next start; "": none
     train.seed = 0  # of initialisation, of the draws of R and of samples
 
     config.checkpoint = checkpoint = ConfigDict()

@@ -6,6 +6,7 @@ latentjax and keeps its traceback.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,10 @@ def run_verb(name: str, main: Callable[[Sequence[str]], int]) -> None:
         message = " ".join(str(error).split())
         print(f"latentjax.{name}: error: {message}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        # A verb that has something to save handles the signal itself and never comes here.
+        print(f"latentjax.{name}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output went away (`... | head`): nothing is wrong, and nobody is there to be told.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

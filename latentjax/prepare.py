@@ -6,8 +6,8 @@ python -m latentjax.prepare --input corpus/ --include '**/*.py' --tokenizer sent
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from latentjax.command_line import LineParser
 from latentjax.config import default
 from latentjax.data.progress import Progress
 from latentjax.data.resolve import build_store, open_corpus, recipe_of
@@ -15,16 +15,9 @@ from latentjax.data.store import TokenStore, is_store
 from latentjax.errors import UserError, run_verb
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a usage mistake as everything else a user can get wrong: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> LineParser:
     data = default().data
-    parser = _Parser(
+    parser = LineParser(
         prog="python -m latentjax.prepare",
         description="Tokenise a raw corpus into a token store.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

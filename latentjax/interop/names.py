@@ -128,5 +128,7 @@ TABLES = {"gpt_neox": GPT_NEOX, "llama": LLAMA}
 def name_table(spec: ModelSpec) -> tuple[Entry, ...]:
     """The entries of a model's architecture; a tied model has no head of its own."""
     return tuple(
-        entry for entry in TABLES[spec.architecture] if not (spec.tie_embeddings and entry.parameter.startswith("head/"))
+        entry
+        for entry in TABLES[spec.architecture]
+        if not (spec.tie_embeddings and entry.parameter.startswith("head/"))
     )

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -25,10 +27,11 @@ def load_pretrained(directory: str | Path) -> tuple[LanguageModel, dict[str, Any
       directory: holds config.json and model.safetensors, or shards of it with their index.
 
     Returns:
-      The model, computing in float32, and its float32 params: `model.apply({"params": params}, tokens_BT)` gives logits.
+      The model, computing in float32, and its float32 params: `model.apply({"params": params}, tokens_BT)` gives
+      logits.
 
     Raises:
-      UserError: a missing or broken file, a config this package does not implement, missing, extra or misshapen tensors.
+      UserError: a missing or broken file, a config that is not implemented, missing, extra or misshapen tensors.
     """
     directory = Path(directory)
     config = _read_json(directory / "config.json")
@@ -68,9 +71,7 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
         vocab_size=_require(config, "vocab_size", source),
         max_position_embeddings=_require(config, "max_position_embeddings", source),
         rotary_fraction=rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)) if neox else 1.0,
-        rope_theta=float(
-            rope.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
-        ),
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))),
         parallel_residual=config.get("use_parallel_residual", True) if neox else False,
         norm_epsilon=config.get("layer_norm_eps", 1e-5) if neox else config.get("rms_norm_eps", 1e-6),
         tie_embeddings=config.get("tie_word_embeddings", False),
@@ -115,7 +116,9 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
                 raise UserError(f"{source}: tensor {name!r} has shape {array.shape}: {error}") from error
         params[tuple(entry.parameter.split("/"))] = jnp.asarray(np.stack(arrays) if entry.stacked else arrays[0])
     if spec.tie_embeddings:  # a tied head may be stored all the same
-        remaining = {name: array for name, array in remaining.items() if name not in ("embed_out.weight", "lm_head.weight")}
+        remaining = {
+            name: array for name, array in remaining.items() if name not in ("embed_out.weight", "lm_head.weight")
+        }
     # Old GPT-NeoX and LLaMA exports carry constants that are recomputed here.
     derived = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
     extra = sorted(name for name in remaining if not name.endswith(derived))
@@ -138,16 +141,13 @@ def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np
 
 
 def _check_shapes(params: dict[tuple[str, ...], Any], spec: ModelSpec, source: str) -> None:
-    import jax
-
     vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False)
     expected = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    import flax.linen as nn
-
     for path, leaf in flatten_dict(nn.meta.unbox(expected)["params"]).items():
         if params[path].shape != leaf.shape:
             raise UserError(
-                f"{source}: the tensors of {'/'.join(path)} make {params[path].shape}, but config.json makes {leaf.shape}"
+                f"{source}: the tensors of {'/'.join(path)} make {params[path].shape}, "
+                f"but config.json makes {leaf.shape}"
             )
 
 
@@ -159,11 +159,13 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     for name in names:
         path = directory / name
         if not path.is_file():
-            raise UserError(f"{path} is missing: a model folder holds config.json and safetensors (pickles are not read)")
+            raise UserError(
+                f"{path} is missing: a model folder holds config.json and safetensors (pickles are not read)"
+            )
         try:
             # The flax framework reads bfloat16, which NumPy's does not.
             with safe_open(path, framework="flax") as file:
-                tensors.update({key: np.asarray(file.get_tensor(key).astype(jnp.float32)) for key in file.keys()})
+                tensors.update({key: np.asarray(file.get_tensor(key).astype(jnp.float32)) for key in list(file.keys())})
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole safetensors file: {error}") from error
     return tensors

@@ -13,7 +13,6 @@ from latentjax.errors import UserError
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.rotary import rotate
 
-
 # Queries are taken this many at a time, so that what causality hides is mostly never computed and what is held at once
 # stays small; beyond MAX_CHUNKS pieces the rest of the saving is not worth a larger program.
 QUERY_CHUNK = 64

@@ -67,9 +67,9 @@ class GPTNeoXBlock(nn.Module):
         normed_BSD = layer_norm(spec, "mlp_norm")(x_BSD)
         inner_BSF = linear(spec, spec.intermediate_size, ("embed", "mlp"), use_bias=True, name="mlp_in")(normed_BSD)
         inner_BSF = shard_activation(nn.gelu(inner_BSF, approximate=False), "batch", "slots", "act_mlp")
-        mlp_BSD = linear(
-            spec, spec.hidden_size, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out"
-        )(inner_BSF)
+        mlp_BSD = linear(spec, spec.hidden_size, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out")(
+            inner_BSF
+        )
         if spec.parallel_residual:
             mlp_BSD = mlp_BSD + attention_BSD
         return shard_activation(x_BSD + mlp_BSD, "batch", "slots", None), cache

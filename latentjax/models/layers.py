@@ -1,4 +1,4 @@
-"""Matrices and norms as the blocks use them: float32 parameters with logical axis names, the reference's initialisation."""
+"""Matrices and norms as the blocks use them: float32, with logical axis names and the reference's initialisation."""
 
 from collections.abc import Sequence
 

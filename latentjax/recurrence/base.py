@@ -39,8 +39,16 @@ class Recurrence(abc.ABC):
         """The constant that token embeddings are multiplied by."""
 
     @abc.abstractmethod
+    def passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """The passes of one training forward, in order: how many slots per token each feeds to the backbone."""
+
     def token_forwards(self, num_jacobi_iterations: int) -> int:
         """Slots through the backbone per token in one training forward: the method's cost next to vanilla's 1."""
+        return sum(self.passes(num_jacobi_iterations))
+
+    def trained_passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """Those of `passes` that gradients flow through."""
+        return self.passes(num_jacobi_iterations)
 
     @abc.abstractmethod
     def forward(

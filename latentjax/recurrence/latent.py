@@ -43,10 +43,14 @@ class Latent(Recurrence):
         """sqrt(2.5 D): the inverse of the embedding's standard deviation at initialisation."""
         return (2.5 * hidden_size) ** 0.5 if self.scale_embeddings else 1.0
 
-    def token_forwards(self, num_jacobi_iterations: int) -> int:
-        """C (C + 1) / 2 growing, and R + 1 passes over C + 1 slots."""
+    def passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """Growing over 1 .. C slots, then R + 1 passes over C + 1 slots."""
         slots = self.slots_per_token
-        return self.num_latent_thoughts * slots // 2 + (num_jacobi_iterations + 1) * slots
+        return (*range(1, slots), *[slots] * (num_jacobi_iterations + 1))
+
+    def trained_passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """The last `backprop_passes`, or all."""
+        return self.passes(num_jacobi_iterations)[-self.backprop_passes :]
 
     def forward(
         self,
@@ -115,9 +119,7 @@ class Latent(Recurrence):
             slot_B1D, cache = carry
             return backbone(slot_B1D, position_B[:, None], segment_ids_B1, cache), None
 
-        scanned = nn.scan(
-            feed, variable_broadcast="params", split_rngs={"params": False}, length=self.slots_per_token
-        )
+        scanned = nn.scan(feed, variable_broadcast="params", split_rngs={"params": False}, length=self.slots_per_token)
         (h_B1D, cache), _ = scanned(backbone, (x_BD[:, None], cache), None)
         return h_B1D[:, 0], cache
 

@@ -20,9 +20,9 @@ class Vanilla(Recurrence):
         """Embeddings enter as they are."""
         return 1.0
 
-    def token_forwards(self, num_jacobi_iterations: int) -> int:
-        """One, by definition."""
-        return 1
+    def passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """One, over one slot."""
+        return (1,)
 
     def forward(
         self,

@@ -34,9 +34,7 @@ def _create(model: LanguageModel, optimizer: optax.GradientTransformation, seed:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
-def abstract_state(
-    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on this mesh, without any memory taken."""
     boxed = jax.eval_shape(lambda: _create(model, optimizer, 0))
     return jax.tree.map(
@@ -46,9 +44,7 @@ def abstract_state(
     )
 
 
-def create_state(
-    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
+def create_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """Initialises directly into its shards; the same numbers on every mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
     return jax.jit(lambda: nn.meta.unbox(_create(model, optimizer, seed)), out_shardings=shardings)()

@@ -1,0 +1,54 @@
+"""Quickstart: a small latent-thought model learns the Python on this machine, in about five minutes on two CPU cores.
+
+    python -m latentjax.train --config configs/quickstart.py            # one latent thought per token
+    python -m latentjax.train --config configs/quickstart.py:vanilla    # the same model without, for comparison
+
+Corpus: the source of Python's own standard library, byte by byte (about 11 MB, 5 % of the files held out).
+"""
+
+import sysconfig
+
+from ml_collections import ConfigDict
+
+from latentjax.config import default
+
+
+def get_config(method: str = "latent") -> ConfigDict:
+    """The recipe, for `latent` (C = 1) or `vanilla`."""
+    config = default()
+    config.recurrence.method = method
+    config.recurrence.num_latent_thoughts = 1
+    config.recurrence.num_jacobi_iterations = 2
+    config.recurrence.train_jacobi_iterations = (2,)
+
+    config.model.architecture = "llama"
+    config.model.num_layers = 4
+    config.model.hidden_size = 64
+    config.model.num_heads = 2
+    config.model.intermediate_size = 170
+    config.model.vocab_size = 257  # the bytes and an end-of-document token
+    config.model.max_position_embeddings = 512
+    config.model.rotary_fraction = 1.0
+    config.model.dtype = "float32"
+    config.model.remat = "keep_layer_inputs"  # on a CPU recomputing is faster than keeping
+
+    config.data.path = sysconfig.get_paths()["stdlib"]
+    config.data.include = ("**/*.py",)
+    config.data.exclude = ("**/site-packages", "**/dist-packages", "**/test", "**/tests", "**/idlelib", "**/lib2to3")
+    config.data.tokenizer = "bytes"
+    config.data.eval_fraction = 0.05
+    config.data.sequence_length = 128
+    config.data.batch_size = 8
+
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_ratio = 0.05
+
+    config.train.num_steps = 800
+    config.train.log_every_steps = 20
+    config.train.eval_every_steps = 100
+    config.train.eval_batches = 16
+    config.train.sample_every_steps = 400
+    config.train.sample_prompts = ("def ", "import ", "class ")
+    config.train.sample_tokens = 120
+    config.checkpoint.every_steps = 200
+    return config

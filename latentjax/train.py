@@ -1,0 +1,58 @@
+"""`python -m latentjax.train`: trains a recipe, or goes on with a run that was stopped.
+
+python -m latentjax.train --config configs/quickstart.py
+python -m latentjax.train --config configs/quickstart.py:vanilla --config.train.num_steps=2000 --workdir runs/mine
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from latentjax import config as config_lib
+from latentjax.command_line import LineParser, split_overrides
+from latentjax.errors import run_verb
+from latentjax.validation import validate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb and returns its exit status: 0 done, 128 + n stopped by signal n with everything saved.
+
+    Raises:
+      UserError: anything wrong with the flags, the config, the data or the directory.
+    """
+    parser = LineParser(
+        prog="python -m latentjax.train",
+        description="Train a recipe; the same command resumes a run that was stopped.",
+        epilog="Any knob of latentjax/config.py can be set with --config.GROUP.KEY=VALUE.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT")
+    parser.add_argument("--workdir", type=Path, help="the run's directory (default: runs/NAME, or runs/NAME-ARGUMENT)")
+    arguments, overrides = split_overrides(argv)
+    flags = parser.parse_args(arguments)
+    config = config_lib.load(flags.config, overrides)
+    validate(config)
+    recipe, _, argument = flags.config.partition(":")
+    workdir = flags.workdir or Path("runs") / "-".join(filter(None, (Path(recipe).stem, argument)))
+
+    # Here and not above, so that a mistake is answered at once: these take seconds to import.
+    from latentjax.training.loop import train
+    from latentjax.training.signals import StopRequest
+
+    with StopRequest() as stop:
+        summary = train(config, workdir, stop)
+    if summary is None:
+        return stop.exit_status
+    scores = f"held-out loss {summary['eval_loss']:.4f}, {summary['eval_bits_per_byte']:.4f} bits per byte; " * (
+        "eval_loss" in summary
+    )
+    print(
+        f"done: {summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['wall_seconds']:,.0f} s; {scores}"
+        f"metrics, samples and checkpoints are in {workdir}",
+        file=sys.stdout,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_verb("train", main)

@@ -1,0 +1,81 @@
+"""Checkpoints of a run, by Orbax: asynchronous, atomic, restored onto whatever mesh is there now."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from latentjax.errors import UserError
+from latentjax.training.state import TrainState
+
+STATE, RUN = "state", "run"  # the two items of a checkpoint: arrays, and JSON about the run
+
+
+class Checkpoints:
+    """The `checkpoints/` directory of a run."""
+
+    def __init__(self, directory: Path, config: ConfigDict):
+        """Opens the directory, making it if need be.
+
+        Args:
+          config: the `checkpoint` group: how many are kept.
+        """
+        # Orbax logs every phase of every save; what a user needs to know is said by the loop.
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            item_names=(STATE, RUN),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.max_to_keep,
+                keep_period=config.keep_every_steps or None,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
+        """Starts saving and returns once the state has been copied off the devices; nothing if `step` is there.
+
+        Args:
+          run: JSON values that belong to the checkpoint (config, versions, data position, wall time).
+        """
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RUN: ocp.args.JsonSave(run)}),
+            force=True,
+        )
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads the newest checkpoint into the shapes, dtypes and shardings of `abstract_state`.
+
+        Raises:
+          UserError: the checkpoint does not hold such a state.
+        """
+        step = self.latest_step
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{STATE: ocp.args.StandardRestore(abstract_state), RUN: ocp.args.JsonRestore()}
+                ),
+            )
+        except (ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"checkpoint {step} in {self._manager.directory} does not hold this model's state ({first_line}): "
+                "use another --workdir, or the config that made it"
+            ) from error
+        return restored[STATE], restored[RUN]
+
+    def close(self) -> None:
+        """Waits for a save under way and reports its failure, if any."""
+        self._manager.wait_until_finished()
+        self._manager.close()

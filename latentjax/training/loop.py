@@ -1,0 +1,272 @@
+"""The train loop: set up, resume, then step, log, evaluate, sample and save, in a fixed order."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from latentjax.data.resolve import resolve_store
+from latentjax.data.store import TokenStore
+from latentjax.data.windows import eval_batches, train_batches
+from latentjax.errors import UserError
+from latentjax.models.attention import choose_backend
+from latentjax.models.spec import ModelSpec
+from latentjax.recurrence.base import Recurrence, RecurrenceSpec
+from latentjax.recurrence.draw import draw_jacobi_iterations
+from latentjax.recurrence.language_model import LanguageModel
+from latentjax.recurrence.methods import make_recurrence
+from latentjax.training import programs, run_directory
+from latentjax.training.checkpoint import Checkpoints
+from latentjax.training.evaluation import EVALUATION_KEYS, evaluate
+from latentjax.training.flops import peak_flops, train_flops_per_token
+from latentjax.training.mesh import make_mesh, put_batch
+from latentjax.training.metrics import MetricsLog
+from latentjax.training.optimizer import make_optimizer
+from latentjax.training.progress import TrainProgress
+from latentjax.training.sampling import encode_prompts, sample_text
+from latentjax.training.signals import StopRequest
+from latentjax.training.state import TrainState, abstract_state, create_state
+
+
+@dataclasses.dataclass
+class Run:
+    """All that the loop works with, made by `prepare_run`."""
+
+    config: ConfigDict
+    workdir: Path
+    store: TokenStore
+    model: LanguageModel
+    recurrence: Recurrence
+    mesh: Mesh
+    checkpoints: Checkpoints
+    train_steps: dict[int, Callable]
+    eval_step: Callable | None
+    state: TrainState | None
+    num_params: int
+    start_step: int
+    earlier_seconds: float  # wall time that the run had before this start
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Wall time of the run over all its starts."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def checkpoint_notes(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds besides arrays. Data, draws of R and samples are functions of step and seeds."""
+        return {
+            "step": step,
+            "data_position": {"sequences": step * self.config.data.batch_size, "seed": self.config.data.seed},
+            "seed": self.config.train.seed,
+            "wall_seconds": self.wall_seconds,
+            "config": self.config.to_dict(),
+            "versions": run_directory.package_versions(),
+        }
+
+
+def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any] | None:
+    """Trains to `train.num_steps`, resuming where the run in `workdir` is.
+
+    Args:
+      config: validated (`latentjax.validation`).
+      stop: asked after every step; when it says so the state is saved and None returned.
+
+    Returns:
+      The summary that was written to summary.json, or None if it was stopped.
+
+    Raises:
+      UserError: anything about data, mesh or directory that the user can mend.
+    """
+    run = prepare_run(config, workdir, stop)
+    log = MetricsLog(workdir, run.start_step)
+    progress = TrainProgress(run.start_step, config.train.num_steps)
+    try:
+        state, step = _steps(run, log, progress, stop)
+        run.checkpoints.save(state, step, run.checkpoint_notes(step))
+        run.checkpoints.close()
+        if step < config.train.num_steps:
+            progress.note(f"saved step {step} to {workdir / 'checkpoints'}; the same command continues from there")
+            return None
+        summary = _summary(run, log)
+        run_directory.write_summary(workdir, summary)
+        return summary
+    finally:
+        progress.close()
+        log.close()
+
+
+def prepare_run(config: ConfigDict, workdir: Path, stop: StopRequest) -> Run:
+    """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
+    store = resolve_store(config.data, progress=True)
+    if store.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokens of {store.path} have a vocabulary of {store.vocab_size}, larger than "
+            f"model.vocab_size={config.model.vocab_size}: raise that, or use a tokenizer with fewer pieces"
+        )
+    encode_prompts(
+        store.tokenizer, config.train.sample_prompts, config.train.sample_tokens, config.model.max_position_embeddings
+    )
+    mesh = make_mesh(config, jax.devices())
+    programs.use_compilation_cache(config.train.compilation_cache)
+    spec = ModelSpec(**config.model)
+    model = LanguageModel(spec, RecurrenceSpec(**config.recurrence))
+    changes = run_directory.claim(workdir, config)
+    for change in changes:
+        print(f"config changed since the run was last started: {change}", flush=True)
+
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    abstract = abstract_state(model, optimizer, mesh)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    print(
+        f"{config.recurrence.method} {spec.architecture}, {num_params:,} parameters, on {mesh.size} "
+        f"{jax.devices()[0].device_kind} ({sizes}), attention by {choose_backend(spec.attention)}; "
+        f"{store.split('train').num_tokens:,} tokens in {store.path}",
+        flush=True,
+    )
+    if checkpoints.latest_step is None:
+        state, start_step, earlier_seconds = create_state(model, optimizer, mesh, config.train.seed), 0, 0.0
+    else:
+        state, notes = checkpoints.restore(abstract)
+        start_step, earlier_seconds = int(notes["step"]), notes["wall_seconds"]
+        print(f"resuming after step {start_step} of {config.train.num_steps}", flush=True)
+
+    run = Run(
+        config=config,
+        workdir=workdir,
+        store=store,
+        model=model,
+        recurrence=make_recurrence(model.recurrence_spec),
+        mesh=mesh,
+        checkpoints=checkpoints,
+        train_steps={},
+        eval_step=None,
+        state=state,
+        num_params=num_params,
+        start_step=start_step,
+        earlier_seconds=earlier_seconds,
+    )
+    if start_step < config.train.num_steps:
+        began = time.monotonic()
+        run.train_steps = programs.compile_train_steps(config, model, mesh, abstract)
+        if config.train.eval_every_steps and not stop.requested:
+            run.eval_step = programs.compile_eval_step(config, model, mesh, abstract)
+        iterations = ", ".join(map(str, run.train_steps))
+        print(f"compiled the step for R = {iterations} in {time.monotonic() - began:.1f} s", flush=True)
+    return run
+
+
+def _steps(run: Run, log: MetricsLog, progress: TrainProgress, stop: StopRequest) -> tuple[TrainState, int]:
+    """Runs steps until the end or a stop; returns the state and its step."""
+    config, train = run.config, run.config.train
+    recorder = _Recorder(run, log, progress)
+    state, step = run.state, run.start_step
+    run.state = None  # the first step takes its memory over
+    batches = train_batches(run.store, config.data, start_step=step)
+    while step < train.num_steps and not stop.requested:
+        num_iterations = 0
+        if run.recurrence.uses_jacobi_iterations:
+            num_iterations = draw_jacobi_iterations(config.recurrence.train_jacobi_iterations, train.seed, step)
+        state, metrics = run.train_steps[num_iterations](state, put_batch(next(batches), run.mesh))
+        # Only now, with the next step under way, are the numbers of the one before waited for.
+        recorder.write()
+        recorder.advance(num_iterations)
+        step += 1
+        progress.advance()
+
+        last = step == train.num_steps
+        evaluates = last or step % train.eval_every_steps == 0 if train.eval_every_steps else False
+        samples = last or step % train.sample_every_steps == 0 if train.sample_every_steps else False
+        saves = last or step % config.checkpoint.every_steps == 0
+        if last or step % train.log_every_steps == 0 or evaluates:
+            recorder.note(step, num_iterations, metrics)
+        if not (evaluates or samples or saves or stop.requested):
+            continue
+        # The log first: a checkpoint whose metrics are lost would leave a hole that no restart fills.
+        recorder.write((lambda params=state.params: _evaluate(run, params)) if evaluates else None)
+        if samples:
+            log.write_samples(step, sample_text(run.model, state.params, run.store.tokenizer, config, step))
+        if saves or stop.requested:
+            log.sync()
+            run.checkpoints.save(state, step, run.checkpoint_notes(step))
+        recorder.restart_clock()
+    batches.close()
+    return state, step
+
+
+def _evaluate(run: Run, params: Any) -> dict[str, float]:
+    batches = eval_batches(run.store, run.config.data, run.config.train.eval_batches)
+    return evaluate(run.eval_step, params, batches, run.mesh)
+
+
+class _Recorder:
+    """Turns a step's metrics on the device into a line of the log, one step late so as not to wait for it."""
+
+    def __init__(self, run: Run, log: MetricsLog, progress: TrainProgress):
+        config = run.config
+        self._log, self._progress, self._num_steps = log, progress, config.train.num_steps
+        self._tokens_per_step = config.data.batch_size * config.data.sequence_length
+        self._flops_per_step = {
+            iterations: self._tokens_per_step
+            * train_flops_per_token(run.model.spec, run.recurrence, config.data.sequence_length, iterations)
+            for iterations in run.train_steps
+        }
+        peak = peak_flops(run.mesh.devices.flat[0])
+        self._peak_flops = None if peak is None else peak * run.mesh.size
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last line (evaluating, sampling, saving) out of the rates."""
+        self._clock, self._steps, self._flops = time.monotonic(), 0, 0.0
+
+    def advance(self, num_iterations: int) -> None:
+        """Counts a step that was just dispatched."""
+        self._steps += 1
+        self._flops += self._flops_per_step[num_iterations]
+
+    def note(self, step: int, num_iterations: int, metrics: dict[str, jax.Array]) -> None:
+        """Keeps a step's metrics until `write`."""
+        self._pending = (step, num_iterations, metrics)
+
+    def write(self, evaluate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Writes the line kept by `note`, if there is one, with the results of an evaluation made now."""
+        if self._pending is None:
+            return
+        (step, num_iterations, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for the step
+        seconds = time.monotonic() - self._clock
+        line = {
+            "step": step,
+            "tokens": step * self._tokens_per_step,
+            **values,
+            "num_jacobi_iterations": num_iterations,
+            "tokens_per_second": self._steps * self._tokens_per_step / seconds,
+            "mfu": self._flops / seconds / self._peak_flops if self._peak_flops else None,
+            **(evaluate() if evaluate else {}),
+        }
+        self._log.write(line)
+        self._progress.show(line, seconds / self._steps * (self._num_steps - step))
+        self.restart_clock()
+
+
+def _summary(run: Run, log: MetricsLog) -> dict[str, Any]:
+    devices = run.mesh.devices.flat
+    evaluation = {key: log.last_evaluation[key] for key in EVALUATION_KEYS if key in log.last_evaluation}
+    return {
+        "steps": run.config.train.num_steps,
+        "tokens": log.last["tokens"],
+        "loss": log.last["loss"],
+        **evaluation,
+        "parameters": run.num_params,
+        "wall_seconds": round(run.wall_seconds, 1),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": dict(run.mesh.shape),
+        "versions": run_directory.package_versions(),
+    }

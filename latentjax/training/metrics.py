@@ -1,0 +1,80 @@
+"""What a run writes as it goes: metrics.jsonl, TensorBoard, samples.txt."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from latentjax.training.run_directory import write_whole
+
+# Keys of a metrics line that depend on the machine and the moment; all others are equal for equal runs, bit for bit.
+TIMING_KEYS = ("tokens_per_second", "mfu")
+
+_SAMPLE_HEADER = re.compile(r"^=== step (\d+) ===$", re.MULTILINE)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole (a killed run may leave part of one at the end)."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+class MetricsLog:
+    """The logs of a run, taken up again at the step that the run resumes from."""
+
+    def __init__(self, workdir: Path, start_step: int):
+        """Opens the logs and drops all that was written after `start_step`: those steps are about to be done again."""
+        self._path = workdir / "metrics.jsonl"
+        self._samples_path = workdir / "samples.txt"
+        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._cut_samples(start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+        self.last: dict[str, Any] = kept[-1] if kept else {}
+        evaluations = [line for line in kept if "eval_loss" in line]
+        self.last_evaluation: dict[str, Any] = evaluations[-1] if evaluations else {}
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one line, `step` among its keys; Python prints floats so that they read back exactly."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in line.items():
+            if key != "step" and value is not None:
+                self._tensorboard.add_scalar(key, value, line["step"])
+        self.last = line
+        if "eval_loss" in line:
+            self.last_evaluation = line
+
+    def sync(self) -> None:
+        """Makes sure that all lines are on disk: a checkpoint must not know of steps that the log has lost."""
+        os.fsync(self._file.fileno())
+
+    def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
+        """Appends generated text, each a prompt and what follows it, to samples.txt and TensorBoard."""
+        body = "\n".join(f"--- {prompt!r}\n{prompt}{text}\n" for prompt, text in samples)
+        with self._samples_path.open("a", encoding="utf-8") as file:
+            file.write(f"=== step {step} ===\n{body}\n")
+        self._tensorboard.add_text("samples", body, step)
+
+    def _cut_samples(self, start_step: int) -> None:
+        if not self._samples_path.exists():
+            return
+        text = self._samples_path.read_text(encoding="utf-8")
+        later = [match.start() for match in _SAMPLE_HEADER.finditer(text) if int(match[1]) > start_step]
+        if later:
+            write_whole(self._samples_path, text[: later[0]])
+
+    def close(self) -> None:
+        """Flushes and closes all logs."""
+        self._file.close()
+        self._tensorboard.close()

@@ -1,0 +1,69 @@
+"""Showing how a run goes: a bar on a terminal, plain lines elsewhere. On stderr."""
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class TrainProgress:
+    """Counts steps up to `num_steps` and shows the newest metrics with the time left."""
+
+    def __init__(self, start_step: int, num_steps: int, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._num_steps = num_steps
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=num_steps,
+                initial=start_step,
+                unit="step",
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
+            )
+
+    def advance(self) -> None:
+        """Counts one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, line: dict[str, Any], seconds_left: float) -> None:
+        """Shows a metrics line: beside the bar, or as a line of its own. Evaluations always stay to be read."""
+        if self._bar is None:
+            self.note(f"step {line['step']}/{self._num_steps}  {_summary(line)}  {_duration(seconds_left)} left")
+            return
+        self._bar.set_postfix_str(_summary({key: line[key] for key in line if not key.startswith("eval")}))
+        if "eval_loss" in line:
+            self.note(f"step {line['step']}  {_summary(line)}")
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _summary(line: dict[str, Any]) -> str:
+    parts = [f"loss {line['loss']:.4f}"]
+    if "eval_loss" in line:
+        parts.append(f"eval loss {line['eval_loss']:.4f} ({line['eval_bits_per_byte']:.4f} bits/byte)")
+    if line.get("thought_residual") is not None:
+        parts.append(f"thought residual {line['thought_residual']:.3f}")
+    if line["tokens_per_second"] is not None:
+        parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+    if line["mfu"] is not None:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

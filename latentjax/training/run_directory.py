@@ -1,0 +1,76 @@
+"""A run's directory: what is in it, and whether this config may continue it."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from latentjax import config as config_lib
+from latentjax.errors import UserError
+
+PACKAGES = ("latentjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# A run keeps these: with another value its checkpoint would not fit, or would mean something else.
+FIXED_KEYS = tuple(
+    f"model.{key}"
+    for key in (
+        "architecture", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size",
+        "rotary_fraction", "rope_theta", "parallel_residual", "norm_epsilon", "tie_embeddings",
+    )
+) + tuple(f"recurrence.{key}" for key in ("method", "num_latent_thoughts", "scale_embeddings"))  # fmt: skip
+
+
+def claim(workdir: Path, config: ConfigDict) -> list[str]:
+    """Makes the directory, or checks that the run in it has the same model, and writes config.json.
+
+    Returns:
+      One line for each knob that differs from the last time the run was started.
+
+    Raises:
+      UserError: the directory cannot be written, or holds a run of another model.
+    """
+    path = workdir / "config.json"
+    changes = []
+    if path.exists():
+        before = config_lib.flatten(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
+        for key, value in config_lib.flatten(config).items():
+            if before[key] == value:
+                continue
+            if key in FIXED_KEYS:
+                raise UserError(
+                    f"{workdir} holds a run of another model: {key} was {before[key]!r} there and is {value!r} now; "
+                    "give another --workdir, or the config that made it"
+                )
+            changes.append(f"{key}: {before[key]!r} before, {value!r} from here on")
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_whole(path, config_lib.to_json(config))
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror or error}") from error
+    return changes
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions
+
+
+def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json."""
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")

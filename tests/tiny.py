@@ -1,0 +1,86 @@
+"""Models small enough to compile in a second, with parameters in which nothing is zero, one or symmetric."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latentjax.models.spec import ModelSpec
+from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.language_model import LanguageModel
+
+_NEOX = ModelSpec(
+    architecture="gpt_neox",
+    num_layers=2,
+    hidden_size=16,
+    num_heads=2,
+    num_kv_heads=0,
+    intermediate_size=24,
+    vocab_size=29,
+    max_position_embeddings=64,
+    rotary_fraction=0.5,
+    rope_theta=100.0,
+    parallel_residual=True,
+    norm_epsilon=1e-5,
+    tie_embeddings=False,
+    dtype="float32",
+    attention="xla",
+    remat="none",
+)
+_LLAMA = dataclasses.replace(
+    _NEOX, architecture="llama", num_heads=4, num_kv_heads=2, rotary_fraction=1.0, parallel_residual=False
+)
+
+
+def model_spec(architecture: str = "gpt_neox", **changes: Any) -> ModelSpec:
+    """A GPT-NeoX with partial rotary, or a LLaMA with grouped queries."""
+    return dataclasses.replace({"gpt_neox": _NEOX, "llama": _LLAMA}[architecture], **changes)
+
+
+def language_model(
+    num_latent_thoughts: int = 1,
+    architecture: str = "gpt_neox",
+    *,
+    method: str = "latent",
+    backprop_passes: int = 0,
+    **changes: Any,
+) -> LanguageModel:
+    """A model with C thoughts a token; `changes` are fields of its ModelSpec."""
+    recurrence_spec = RecurrenceSpec(
+        method=method,
+        num_latent_thoughts=num_latent_thoughts,
+        num_jacobi_iterations=2,
+        train_jacobi_iterations=(2,),
+        backprop_passes=backprop_passes,
+        scale_embeddings=True,
+    )
+    return LanguageModel(model_spec(architecture, **changes), recurrence_spec)
+
+
+@functools.cache
+def params_of(model: LanguageModel, seed: int = 0) -> Any:
+    """Float32 parameters: matrices of the size that they are initialised with, biases and norm scales off 0 and 1."""
+    rng = np.random.default_rng(seed)
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    std = (2 / (5 * model.spec.hidden_size)) ** 0.5
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * noise}.get(path[-1].key, std * noise))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def tokens(batch_size: int, num_tokens: int, *, vocab_size: int = 29, seed: int = 0) -> np.ndarray:
+    """Random token ids (B, T) int32."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch_size, num_tokens)).astype(np.int32)
+
+
+def cross_entropy(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Mean next-token loss in nats, written out."""
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1], axis=-1)
+    return -jnp.mean(jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1))
