@@ -40,7 +40,7 @@ def get_config(method: str = "latent") -> ConfigDict:
     config.data.sequence_length = 128
     config.data.batch_size = 8
 
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 6e-3
     config.optimizer.warmup_ratio = 0.05
 
     config.train.num_steps = 800

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import json
 import runpy
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def default() -> ConfigDict:
     optimizer.clip_norm = 1.0  # global gradient norm is clipped to this; 0: not clipped
 
     config.train = train = ConfigDict()
-    train.num_steps = 1000
-    train.log_every_steps = 10
+    train.num_steps = 1000  # optimizer steps of the whole run
+    train.log_every_steps = 10  # steps between lines of metrics.jsonl
     train.eval_every_steps = 100  # also after the last step; 0: never
     train.eval_batches = 8  # batches of held-out windows per evaluation (fewer if the split has fewer)
     train.sample_every_steps = 500  # also after the last step; 0: never
@@ -129,12 +130,16 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
     path, _, argument = recipe.partition(":")
     if not Path(path).is_file():
         raise UserError(f"no recipe at {path!r}: give --config the path of a Python file such as configs/quickstart.py")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # a recipe may build on the one beside it
     try:
         get_config = runpy.run_path(path).get("get_config")
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+        # The recipe itself, or a module that it imports.
+        raise UserError(f"{error.filename or path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
         raise UserError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
     if not callable(get_config):
         raise UserError(f"{path} defines no get_config(): a recipe returns its config from that function")
     if argument and not inspect.signature(get_config).parameters:
@@ -187,13 +192,13 @@ def _parse(key: str, text: str, default_value: Any) -> Any:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = text
     if kind is tuple and not isinstance(value, list | tuple):
         value = tuple(text.split(",")) if isinstance(value, str) else (value,)
     if kind is tuple:
         value = tuple(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1023:  # beyond lies no float
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e6 steps

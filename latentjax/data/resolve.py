@@ -30,7 +30,8 @@ def resolve_store(data: ConfigDict, progress: bool) -> TokenStore:
     Raises:
       UserError: nothing at `data.path`, a damaged store, or whatever is wrong with the corpus or its tokenizer.
     """
-    advice = "python -m latentjax.prepare --input CORPUS --tokenizer sentencepiece --output"
+    vocabulary = f" --vocab_size {data.tokenizer_vocab_size}" if data.tokenizer == "sentencepiece" else ""
+    advice = f"python -m latentjax.prepare --input CORPUS --tokenizer {data.tokenizer}{vocabulary} --output"
     if not data.path:
         raise UserError(
             "data.path is empty: set it to a raw corpus (a file or directory) or to a token store made with "

@@ -101,19 +101,23 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
       UserError: a tensor is missing, left over, or of another shape than the config says; `source` names the folder.
     """
     remaining = dict(tensors)
+    shapes = _parameter_shapes(spec)
     params = {}
     for entry in name_table(spec):
-        layers = range(spec.num_layers) if entry.stacked else range(1)
+        shape = shapes[entry.parameter][1:] if entry.stacked else shapes[entry.parameter]
+        # Compared before it is laid out: a transposed matrix would fit as well, and mean nothing.
+        tensor_shape = entry.write(np.broadcast_to(np.float32(0), shape), spec).shape
         arrays = []
-        for layer in layers:
+        for layer in range(spec.num_layers) if entry.stacked else range(1):
             name = entry.tensor.format(layer=layer)
             if name not in remaining:
                 raise UserError(f"{source}: tensor {name!r} is missing")
             array = np.asarray(remaining.pop(name), np.float32)
-            try:
-                arrays.append(entry.read(array, spec))
-            except ValueError as error:
-                raise UserError(f"{source}: tensor {name!r} has shape {array.shape}: {error}") from error
+            if array.shape != tensor_shape:
+                raise UserError(
+                    f"{source}: tensor {name!r} has shape {array.shape}, but config.json makes it {tensor_shape}"
+                )
+            arrays.append(entry.read(array, spec))
         params[tuple(entry.parameter.split("/"))] = jnp.asarray(np.stack(arrays) if entry.stacked else arrays[0])
     if spec.tie_embeddings:  # a tied head may be stored all the same
         remaining = {
@@ -124,7 +128,6 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
     extra = sorted(name for name in remaining if not name.endswith(derived))
     if extra:
         raise UserError(f"{source}: tensor {extra[0]!r} is not part of this model ({len(extra)} such)")
-    _check_shapes(params, spec, source)
     return unflatten_dict(params)
 
 
@@ -140,21 +143,17 @@ def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np
     return tensors
 
 
-def _check_shapes(params: dict[tuple[str, ...], Any], spec: ModelSpec, source: str) -> None:
+def _parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """{path of a parameter: its shape}, layers stacked."""
     vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False)
-    expected = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    for path, leaf in flatten_dict(nn.meta.unbox(expected)["params"]).items():
-        if params[path].shape != leaf.shape:
-            raise UserError(
-                f"{source}: the tensors of {'/'.join(path)} make {params[path].shape}, "
-                f"but config.json makes {leaf.shape}"
-            )
+    variables = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return {path: leaf.shape for path, leaf in flatten_dict(nn.meta.unbox(variables)["params"], sep="/").items()}
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     names = ["model.safetensors"]
     if (directory / INDEX).exists():
-        names = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
+        names = sorted(set(_require(_read_json(directory / INDEX), "weight_map", str(directory / INDEX)).values()))
     tensors = {}
     for name in names:
         path = directory / name
@@ -173,11 +172,14 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: give the directory of a Hugging Face model") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
 
 
 def _require(config: dict[str, Any], key: str, source: str) -> Any:

@@ -1,0 +1,90 @@
+"""Initialisation statistics: the reference's standard deviations, cut at three of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from tiny import language_model
+
+NUM_LAYERS, WIDTH = 3, 160
+BASE = (2 / (5 * WIDTH)) ** 0.5
+CUT_STD = 0.98658  # the standard deviation of a unit normal cut at 3
+
+
+@functools.cache
+def initialised(architecture, num_thoughts):
+    model = language_model(
+        num_thoughts,
+        architecture,
+        num_layers=NUM_LAYERS,
+        hidden_size=WIDTH,
+        num_heads=4,
+        num_kv_heads=0,
+        intermediate_size=200,
+        vocab_size=300,
+    )
+    params = jax.jit(lambda key: nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))["params"])
+    return model, params(jax.random.key(0))
+
+
+@pytest.mark.parametrize("num_thoughts", [0, 1, 3])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+def test_standard_deviations(architecture, num_thoughts):
+    """sqrt(2 / 5D); what writes to the residual stream / sqrt(2N) (llama) or sqrt(2N (C + 1)) (gpt_neox)."""
+    _, params = initialised(architecture, num_thoughts)
+    divisor = (2 * NUM_LAYERS * (num_thoughts + 1 if architecture == "gpt_neox" else 1)) ** 0.5
+    seen = 0
+    for path, leaf in flatten_dict(params).items():
+        leaf, name = np.asarray(leaf), "/".join(path)
+        if path[-1] in ("kernel", "embedding"):
+            std = BASE / (divisor if path[-2] in ("attention_out", "mlp_out") else 1)
+            # Flax rescales so that the cut distribution, not the uncut one, has the standard deviation asked for.
+            cut = 3 * std / CUT_STD
+            seen += 1
+            assert leaf.std() == pytest.approx(std, rel=0.02), name
+            assert abs(leaf.mean()) < 5 * std / leaf.size**0.5, name
+            assert 0.93 * cut < np.abs(leaf).max() <= cut * 1.0001, name
+        else:
+            np.testing.assert_array_equal(leaf, 1.0 if path[-1] == "scale" else 0.0, err_msg=name)
+    assert seen == {"gpt_neox": 6, "llama": 9}[architecture]
+
+
+def test_layers_differ():
+    """Stacked layers are drawn one by one, not copied."""
+    _, params = initialised("gpt_neox", 1)
+    for name in ("query_key_value", "attention_out", "mlp_in", "mlp_out"):
+        kernel_N = np.asarray(params["backbone"]["layers"][name]["kernel"])
+        assert kernel_N.shape[0] == NUM_LAYERS
+        for layer in range(1, NUM_LAYERS):
+            correlation = np.corrcoef(kernel_N[0].ravel(), kernel_N[layer].ravel())[0, 1]
+            assert abs(correlation) < 0.05
+
+
+def test_embeddings_enter_with_unit_rms_as_thoughts_do():
+    """The scale sqrt(2.5 D) undoes the standard deviation; a thought leaves the final norm with RMS 1."""
+    model, params = initialised("gpt_neox", 1)
+
+    def first_pass(module, tokens_BT):
+        x_BTD = module.embedding(tokens_BT)
+        return x_BTD, module.backbone(x_BTD, jnp.arange(tokens_BT.shape[1])[None])[0]
+
+    tokens_BT = np.arange(300).reshape(10, 30)
+    for x_BTD in model.apply({"params": params}, tokens_BT, method=first_pass):
+        assert np.sqrt(np.mean(np.square(x_BTD))) == pytest.approx(1, abs=0.02)
+
+
+def test_embeddings_scale_is_the_methods_choice():
+    """Vanilla feeds the rows of the table as they are."""
+    latent, vanilla = language_model(1), language_model(0)
+    tokens_BT = np.array([[3, 5, 3]])
+    params = {"embedding": {"embedding": jnp.asarray(np.random.default_rng(0).random((29, 16)), jnp.float32)}}
+    embed = lambda module, tokens: module.embedding(tokens)  # noqa: E731
+    table = np.asarray(params["embedding"]["embedding"])
+    np.testing.assert_array_equal(vanilla.apply({"params": params}, tokens_BT, method=embed), table[tokens_BT])
+    np.testing.assert_allclose(
+        latent.apply({"params": params}, tokens_BT, method=embed), table[tokens_BT] * 40**0.5, rtol=1e-6
+    )

@@ -1,0 +1,78 @@
+"""Model FLOPs against the matrix products that a traced forward really has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import language_model, params_of
+
+from latentjax.recurrence.methods import make_recurrence
+from latentjax.training.flops import PEAK_FLOPS, forward_flops_per_slot, peak_flops, train_flops_per_token
+
+
+def matmul_flops(jaxpr) -> float:
+    """2 m n k of every dot_general in a jaxpr, those inside scans as often as they run."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * np.prod(equation.outvars[0].aval.shape) * np.prod([left[axis] for axis in contracted])
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * matmul_flops(inner)
+    return total
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize(("num_thoughts", "num_iterations"), [(0, 0), (1, 0), (1, 3), (2, 2)])
+def test_forward_flops_are_those_of_the_program(architecture: str, num_thoughts: int, num_iterations: int):
+    model = language_model(num_thoughts, architecture)
+    spec, recurrence = model.spec, make_recurrence(model.recurrence_spec)
+    batch_size, length = 2, 6
+    tokens_BT = jnp.zeros((batch_size, length), jnp.int32)
+    traced = jax.make_jaxpr(
+        lambda params: model.apply({"params": params}, tokens_BT, num_jacobi_iterations=num_iterations)
+    )(params_of(model))
+
+    counted = 2.0 * spec.hidden_size * spec.vocab_size  # the head
+    for slots in recurrence.passes(num_iterations):
+        # So short a sequence is one chunk of queries, which computes the masked half of attention as well.
+        masked_half = 2.0 * spec.num_layers * spec.num_heads * spec.head_dim * slots * length
+        counted += slots * (forward_flops_per_slot(spec, slots * length) + masked_half)
+    assert counted * batch_size * length == matmul_flops(traced.jaxpr)
+
+
+def test_backward_counts_twice_a_forward():
+    vanilla = language_model(0, method="vanilla")
+    forward = forward_flops_per_slot(vanilla.spec, 64) + 2 * vanilla.spec.hidden_size * vanilla.spec.vocab_size
+    assert train_flops_per_token(vanilla.spec, make_recurrence(vanilla.recurrence_spec), 64, 0) == 3 * forward
+
+
+def test_passes_without_gradients_have_no_backward():
+    full = language_model(1)
+    last = language_model(1, backprop_passes=1)
+    flops = [train_flops_per_token(model.spec, make_recurrence(model.recurrence_spec), 64, 3) for model in (full, last)]
+    # Passes over 1, 2, 2, 2, 2 slots; the last alone is differentiated.
+    saved = 2 * (forward_flops_per_slot(full.spec, 64) + 3 * 2 * forward_flops_per_slot(full.spec, 128))
+    assert flops[0] - flops[1] == pytest.approx(saved)
+
+
+class _Device:
+    platform = "tpu"
+
+    def __init__(self, kind: str):
+        self.device_kind = kind
+
+
+def test_peak_by_the_longest_matching_name():
+    assert peak_flops(_Device("TPU v5 lite")) == PEAK_FLOPS["TPU v5 lite"]
+    assert peak_flops(_Device("TPU v5p")) == PEAK_FLOPS["TPU v5p"]
+    assert peak_flops(_Device("NVIDIA H100 80GB HBM3")) == PEAK_FLOPS["NVIDIA H100"]
+    assert peak_flops(_Device("TPU v99")) is None
+
+
+def test_peak_of_a_cpu_is_measured_and_shared_by_its_virtual_devices():
+    assert 1e9 < peak_flops(jax.devices()[0]) * len(jax.devices()) < 1e14

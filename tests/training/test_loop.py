@@ -1,0 +1,96 @@
+"""What a whole run leaves behind, and what it does not depend on."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipes
+
+from latentjax.recurrence.draw import draw_jacobi_iterations
+from latentjax.training.metrics import read_metrics
+
+
+def test_the_log_has_every_step_and_its_keys(whole_run: Path):
+    lines = read_metrics(whole_run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["tokens"] for line in lines] == [step * 8 * 16 for step in range(1, 13)]
+    # 12 steps of which 1 % are warm-up: the rate starts at its peak and ends a step before the floor of a tenth.
+    rates = [line["learning_rate"] for line in lines]
+    expected = [1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 12)) / 2) for step in range(12)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert [line["num_jacobi_iterations"] for line in lines] == [
+        draw_jacobi_iterations((1, 2), 0, step) for step in range(12)
+    ]
+    assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1.5 for line in lines)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8, 12]
+    for line in lines:
+        if "eval_loss" in line:
+            assert 0 < line["thought_residual"] < 1
+            # A byte is a token here, but for the ends of documents.
+            assert line["eval_bits_per_byte"] == pytest.approx(line["eval_loss"] / math.log(2), rel=0.01)
+
+
+def test_it_learns(whole_run: Path):
+    lines = read_metrics(whole_run / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(math.log(257), abs=0.5)  # knows nothing at first
+    assert lines[-1]["eval_loss"] < lines[0]["loss"] - 1.0
+
+
+def test_the_other_files_of_a_run(whole_run: Path):
+    summary = json.loads((whole_run / "summary.json").read_text())
+    last = read_metrics(whole_run / "metrics.jsonl")[-1]
+    assert summary["steps"] == 12
+    assert (summary["loss"], summary["eval_loss"]) == (last["loss"], last["eval_loss"])
+    assert summary["versions"]["jax"]
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["train"]["num_steps"] == 12
+    assert config["recurrence"]["train_jacobi_iterations"] == [1, 2]
+    samples = (whole_run / "samples.txt").read_text()
+    assert samples.count("=== step ") == 2
+    assert samples.count("--- 'def '\ndef ") == 2
+    # The last two checkpoints, of steps 5, 10 and 12.
+    assert sorted(path.name for path in (whole_run / "checkpoints").iterdir()) == ["10", "12"]
+    assert list((whole_run / "tensorboard").glob("events.*"))
+
+
+def losses(workdir: Path) -> np.ndarray:
+    """Training losses and evaluations, in order."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return np.array([line[key] for line in lines for key in ("loss", "grad_norm", "eval_loss") if key in line])
+
+
+@pytest.mark.parametrize(
+    "mesh", [("mesh.data=8",), ("mesh.data=2", "mesh.fsdp=4"), ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")]
+)
+def test_losses_do_not_depend_on_the_mesh(whole_run: Path, tmp_path: Path, mesh: tuple[str, ...]):
+    vocabulary = ["model.vocab_size=257"] if "mesh.tensor=2" not in mesh else []
+    # 257 columns do not split in two, so the tensor-sharded run and what it is compared with have 258.
+    workdir = recipes.trained(tmp_path / "run", *mesh, *(vocabulary or ["model.vocab_size=258"]), num_devices=8)
+    reference = whole_run if vocabulary else recipes.trained(tmp_path / "one", "model.vocab_size=258")
+    np.testing.assert_allclose(losses(workdir), losses(reference), atol=1e-5)
+
+
+def test_a_run_moves_to_another_mesh(whole_run: Path, tmp_path: Path):
+    """Half of the steps sharded over eight devices, the rest on one."""
+    workdir = tmp_path / "run"
+    result = recipes.run(workdir, "mesh.fsdp=8", "mesh.data=1", "checkpoint.every_steps=6", num_devices=8)
+    assert result.returncode == 0, result.stderr
+    last = workdir / "checkpoints" / "12"
+    assert last.exists()
+    import shutil
+
+    shutil.rmtree(last)  # as if it had been killed while saving
+    recipes.trained(workdir, "checkpoint.every_steps=6")
+    np.testing.assert_allclose(losses(workdir), losses(whole_run), atol=1e-5)
+
+
+def test_document_masks_train(tmp_path: Path):
+    workdir = recipes.trained(tmp_path / "run", "data.mask_documents=true", "train.num_steps=4")
+    assert np.isfinite(losses(workdir)).all()
+
+
+def test_gradient_accumulation_changes_no_loss(whole_run: Path, tmp_path: Path):
+    workdir = recipes.trained(tmp_path / "run", "train.gradient_accumulation_steps=4", "train.loss_chunk_tokens=5")
+    np.testing.assert_allclose(losses(workdir), losses(whole_run), atol=2e-5)

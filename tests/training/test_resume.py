@@ -1,0 +1,99 @@
+"""A run that is stopped or killed and started again is the run that never was, to the last bit."""
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import recipes
+
+from latentjax.training.metrics import read_metrics
+
+
+def start_until(workdir: Path, step: int, *overrides: str) -> subprocess.Popen:
+    """Starts a run and returns while it is running, once its log has reached `step`."""
+    process = subprocess.Popen(
+        recipes.command(workdir, *overrides),
+        env=recipes.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = read_metrics(workdir / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return process
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"the run ended or hung before step {step}: {process.communicate()}")
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 7)])
+def test_signal_saves_and_the_same_command_continues(whole_run: Path, tmp_path: Path, number: int, step: int):
+    workdir = tmp_path / "run"
+    process = start_until(workdir, step)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, out + err
+    assert "Traceback" not in err
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert f"saved step {saved}" in err
+    assert step <= saved < 12
+    # Nothing is done twice: the log has each step up to the saved one, once, and goes on behind it.
+    assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == list(range(1, saved + 1))
+    recipes.trained(workdir)
+    recipes.assert_same_run(workdir, whole_run)
+
+
+def _kill_until_done(workdir: Path, kills: int, seed: int) -> int:
+    """Kills the run at random moments, start-up included, then lets it finish; returns how often it met it alive."""
+    rng = random.Random(seed)
+    killed = 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            recipes.command(workdir),
+            env=recipes.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(timeout=rng.uniform(2.0, 9.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    recipes.trained(workdir)
+    return killed
+
+
+def test_killed_again_and_again(whole_run: Path, tmp_path: Path):
+    assert _kill_until_done(tmp_path / "run", kills=5, seed=0) > 0
+    recipes.assert_same_run(tmp_path / "run", whole_run)
+
+
+@pytest.mark.long
+def test_killed_a_hundred_times(whole_run: Path, tmp_path: Path):
+    for seed in range(20):
+        _kill_until_done(tmp_path / f"run{seed}", kills=5, seed=seed)
+        recipes.assert_same_run(tmp_path / f"run{seed}", whole_run)
+
+
+def test_killed_behind_its_newest_checkpoint(whole_run: Path, tmp_path: Path):
+    """The log is ahead of the checkpoint then, and must not keep the steps that are done again."""
+    workdir = tmp_path / "run"
+    process = start_until(workdir, 8)
+    process.kill()
+    process.wait()
+    recipes.trained(workdir)
+    recipes.assert_same_run(workdir, whole_run)
+
+
+def test_finished_run_is_left_as_it_is(tmp_path: Path, whole_run: Path):
+    before = recipes.comparable_metrics(whole_run)
+    result = recipes.run(whole_run)
+    assert result.returncode == 0
+    assert "done: 12 steps" in result.stdout
+    assert recipes.comparable_metrics(whole_run) == before
