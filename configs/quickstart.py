@@ -34,7 +34,15 @@ def get_config(method: str = "latent") -> ConfigDict:
 
     config.data.path = sysconfig.get_paths()["stdlib"]
     config.data.include = ("**/*.py",)
-    config.data.exclude = ("**/site-packages", "**/dist-packages", "**/test", "**/tests", "**/idlelib", "**/lib2to3")
+    config.data.exclude = (
+        "**/site-packages",
+        "**/dist-packages",
+        "**/test",
+        "**/tests",
+        "**/idlelib",
+        "**/lib2to3",
+        "**/encodings",
+    )
     config.data.tokenizer = "bytes"
     config.data.eval_fraction = 0.05
     config.data.sequence_length = 128

@@ -25,7 +25,7 @@ def default() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.architecture = "gpt_neox"  # the block: gpt_neox or llama
-    model.num_layers = 6
+    model.num_layers = 6  # N
     model.hidden_size = 512  # D
     model.num_heads = 8  # H; the head dimension is hidden_size / num_heads
     model.num_kv_heads = 0  # heads of keys and values (llama); 0: as many as num_heads
@@ -105,7 +105,7 @@ def default() -> ConfigDict:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Returns {dotted key: value} in the order of `default()`."""
+    """Returns {dotted key: value}, sorted by key (as ConfigDict keeps them)."""
     return dict(_leaves(config, ""))
 
 

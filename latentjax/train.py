@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
     from latentjax.training.loop import train
     from latentjax.training.signals import StopRequest
 
-    with StopRequest() as stop:
-        summary = train(config, workdir, stop)
+    stop = StopRequest()
+    summary = train(config, workdir, stop)
     if summary is None:
         return stop.exit_status
     scores = f"held-out loss {summary['eval_loss']:.4f}, {summary['eval_bits_per_byte']:.4f} bits per byte; " * (

@@ -48,7 +48,8 @@ def command(workdir: Path, *overrides: str, recipe: str = str(RECIPE)) -> list[s
 
 def environment(num_devices: int = 1) -> dict[str, str]:
     """The environment of a run on so many virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    # Machine code hardly optimised: these programs compile for seconds and run for milliseconds.
+    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 

@@ -6,11 +6,10 @@ import re
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from latentjax import config as config_lib
 from latentjax.config import default, flatten, from_json, load, set_key, to_json
 from latentjax.errors import UserError
 
@@ -49,7 +48,7 @@ def test_every_knob_has_a_comment():
     for key in flatten(default()):
         lines = re.findall(rf"^    {re.escape(key)} = .*$", source, re.MULTILINE)
         assert len(lines) == 1, f"{key} is set on {len(lines)} lines"
-        assert re.search(r"  # \S{1,}", lines[0]) or key.startswith("mesh.replica"), f"{key} has no comment"
+        assert re.search(r"  # \S", lines[0]), f"{key} has no comment"
 
 
 def test_knobs_that_scripts_outside_the_project_rely_on():
@@ -65,7 +64,7 @@ def test_knobs_that_scripts_outside_the_project_rely_on():
         "mesh": "replica data fsdp sequence tensor",
     }
     assert {f"{group}.{name}" for group, line in names.items() for name in line.split()} <= flatten(default()).keys()
-    assert list(default()) == list(names)
+    assert set(default()) == set(names)
 
 
 def test_default_is_new_locked_and_type_safe():
@@ -81,11 +80,13 @@ def test_default_is_new_locked_and_type_safe():
         config.model.num_layers = "3"
 
 
-def test_flatten_is_dotted_and_ordered():
-    """Leaves of the groups, in the order that they are written in."""
+def test_flatten_is_dotted_and_sorted():
+    """Leaves of the groups under their full names."""
     flat = flatten(default())
-    assert list(flat)[:2] == ["model.architecture", "model.num_layers"]
-    assert list(flat)[-5:] == [f"mesh.{axis}" for axis in ("replica", "data", "fsdp", "sequence", "tensor")]
+    assert list(flat) == sorted(flat)
+    assert [key for key in flat if key.startswith("mesh.")] == [
+        f"mesh.{axis}" for axis in ("data", "fsdp", "replica", "sequence", "tensor")
+    ]
     assert flat["recurrence.train_jacobi_iterations"] == (2, 3, 4)
     assert not any(isinstance(value, ConfigDict) for value in flat.values())
 
@@ -146,7 +147,7 @@ def test_unknown_key_names_the_nearest(recipe, key, nearest):
 
 def test_unknown_key_like_no_other_names_the_groups():
     """And a group by itself is not a key."""
-    assert "the groups are model, recurrence, data" in error_of(set_key, default(), "zzzzqqqq", "1")
+    assert "the groups are checkpoint, data, mesh, model" in error_of(set_key, default(), "zzzzqqqq", "1")
     assert "unknown config key 'model'" in error_of(set_key, default(), "model", "1")
 
 
@@ -175,6 +176,7 @@ def test_override_without_a_value(recipe):
     assert "--config.model.tie_embeddings=VALUE" in error_of(load, recipe(RECIPE), ["model.tie_embeddings"])
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.sampled_from(list(flatten(default()))), st.text() | st.from_regex(r"[-(\[{'\"0-9e.,\]})]{0,12}"))
 def test_any_text_is_a_value_or_the_users_error(key, text):
     """Nothing but UserError, and what is taken has the type of the default."""
@@ -188,6 +190,7 @@ def test_any_text_is_a_value_or_the_users_error(key, text):
     assert type(flatten(config)[key]) is type(flatten(default())[key])
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.text())
 def test_any_text_is_a_key_or_the_users_error(key):
     """Unknown keys of every kind."""
@@ -240,7 +243,7 @@ def test_json_round_trip():
     config = default()
     config.recurrence.train_jacobi_iterations = (5,)
     config.optimizer.learning_rate = 0.1 + 0.2
-    config.data.path = "ä\n\"quoted\""
+    config.data.path = 'ä\n"quoted"'
     again = from_json(to_json(config), "config.json")
     assert flatten(again) == flatten(config)
     assert [type(v) for v in flatten(again).values()] == [type(v) for v in flatten(config).values()]
@@ -257,7 +260,6 @@ def test_json_with_a_wrong_key_or_type():
     """Of a knob."""
     content = json.loads(to_json(default()))
     content["model"]["num_layers"] = "three"
-    assert "num_layers" in error_of(from_json, json.dumps(content), "c.json") or True
+    assert error_of(from_json, json.dumps(content), "c.json").startswith("c.json is not a latentjax config: ")
     content["model"] = {"num_lay": 3}
     assert "num_lay" in error_of(from_json, json.dumps(content), "c.json")
-    assert config_lib.__doc__

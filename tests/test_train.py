@@ -41,6 +41,7 @@ def error_of(capsys: pytest.CaptureFixture, tmp_path: Path, *overrides: str, rec
         ("data.path=/no/corpus", ["/no/corpus", "latentjax.prepare"]),
         ("data.include=*.rst", ["*.rst", "no file"]),
         ("data.tokenizer=word", ["'word'", "sentencepiece"]),
+        ("data.eval_fraction=0.0001", ["eval split", "data.sequence_length"]),
         ("model.vocab_size=256", ["257", "model.vocab_size=256"]),
         ("train.sample_tokens=63", ["train.sample_tokens=63", "model.max_position_embeddings=64"]),
         ("mesh.data=3", ["mesh", "data=3", "8"]),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from latentjax.data.resolve import resolve_store
 from latentjax.data.store import TokenStore
-from latentjax.data.windows import eval_batches, train_batches
+from latentjax.data.windows import Windows, eval_batches, train_batches
 from latentjax.errors import UserError
 from latentjax.models.attention import choose_backend
 from latentjax.models.spec import ModelSpec
@@ -74,7 +74,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
 
     Args:
       config: validated (`latentjax.validation`).
-      stop: asked after every step; when it says so the state is saved and None returned.
+      stop: entered for the steps and asked after each; when it says so the state is saved and None returned.
 
     Returns:
       The summary that was written to summary.json, or None if it was stopped.
@@ -82,13 +82,15 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
     Raises:
       UserError: anything about data, mesh or directory that the user can mend.
     """
-    run = prepare_run(config, workdir, stop)
+    run = prepare_run(config, workdir)
     log = MetricsLog(workdir, run.start_step)
     progress = TrainProgress(run.start_step, config.train.num_steps)
     try:
-        state, step = _steps(run, log, progress, stop)
-        run.checkpoints.save(state, step, run.checkpoint_notes(step))
-        run.checkpoints.close()
+        # Until here nothing would be lost: signals did what they always do.
+        with stop:
+            state, step = _steps(run, log, progress, stop)
+            run.checkpoints.save(state, step, run.checkpoint_notes(step))
+            run.checkpoints.close()
         if step < config.train.num_steps:
             progress.note(f"saved step {step} to {workdir / 'checkpoints'}; the same command continues from there")
             return None
@@ -100,7 +102,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
         log.close()
 
 
-def prepare_run(config: ConfigDict, workdir: Path, stop: StopRequest) -> Run:
+def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
     store = resolve_store(config.data, progress=True)
     if store.vocab_size > config.model.vocab_size:
@@ -111,6 +113,8 @@ def prepare_run(config: ConfigDict, workdir: Path, stop: StopRequest) -> Run:
     encode_prompts(
         store.tokenizer, config.train.sample_prompts, config.train.sample_tokens, config.model.max_position_embeddings
     )
+    for split in ("train", "eval") if config.train.eval_every_steps else ("train",):
+        Windows(store.split(split), config.data.sequence_length)  # long before the first evaluation would find out
     mesh = make_mesh(config, jax.devices())
     programs.use_compilation_cache(config.train.compilation_cache)
     spec = ModelSpec(**config.model)
@@ -154,11 +158,12 @@ def prepare_run(config: ConfigDict, workdir: Path, stop: StopRequest) -> Run:
     )
     if start_step < config.train.num_steps:
         began = time.monotonic()
+        iterations = ", ".join(map(str, programs.distinct_iterations(model)))
+        print(f"compiling the step for R = {iterations}", flush=True)
         run.train_steps = programs.compile_train_steps(config, model, mesh, abstract)
-        if config.train.eval_every_steps and not stop.requested:
+        if config.train.eval_every_steps:
             run.eval_step = programs.compile_eval_step(config, model, mesh, abstract)
-        iterations = ", ".join(map(str, run.train_steps))
-        print(f"compiled the step for R = {iterations} in {time.monotonic() - began:.1f} s", flush=True)
+        print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
     return run
 
 
@@ -260,7 +265,7 @@ def _summary(run: Run, log: MetricsLog) -> dict[str, Any]:
     devices = run.mesh.devices.flat
     evaluation = {key: log.last_evaluation[key] for key in EVALUATION_KEYS if key in log.last_evaluation}
     return {
-        "steps": run.config.train.num_steps,
+        "steps": log.last["step"],
         "tokens": log.last["tokens"],
         "loss": log.last["loss"],
         **evaluation,

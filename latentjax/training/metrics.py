@@ -61,7 +61,9 @@ class MetricsLog:
 
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Appends generated text, each a prompt and what follows it, to samples.txt and TensorBoard."""
-        body = "\n".join(f"--- {prompt!r}\n{prompt}{text}\n" for prompt, text in samples)
+        # Indented, so that no text can be taken for the header of a step.
+        indented = [(prompt, f"{prompt}{text}".replace("\n", "\n    ")) for prompt, text in samples]
+        body = "\n".join(f"--- {prompt!r}\n    {text}\n" for prompt, text in indented)
         with self._samples_path.open("a", encoding="utf-8") as file:
             file.write(f"=== step {step} ===\n{body}\n")
         self._tensorboard.add_text("samples", body, step)

@@ -49,7 +49,7 @@ def test_the_other_files_of_a_run(whole_run: Path):
     assert config["recurrence"]["train_jacobi_iterations"] == [1, 2]
     samples = (whole_run / "samples.txt").read_text()
     assert samples.count("=== step ") == 2
-    assert samples.count("--- 'def '\ndef ") == 2
+    assert samples.count("--- 'def '\n    def ") == 2
     # The last two checkpoints, of steps 5, 10 and 12.
     assert sorted(path.name for path in (whole_run / "checkpoints").iterdir()) == ["10", "12"]
     assert list((whole_run / "tensorboard").glob("events.*"))
