@@ -213,18 +213,34 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
+def values_from_json(text: str, source: str) -> dict[str, Any]:
+    """Reads what `to_json` wrote, by this or another version, as {dotted key: value}; `source` names the file in errors.
+
+    Raises:
+      UserError: the text is not a config.
+    """
+    try:
+        groups = json.loads(text)
+        values = {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{source} is not a latentjax config: {error}") from error
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
 def from_json(text: str, source: str) -> ConfigDict:
     """Reads what `to_json` wrote; `source` names the file in errors.
 
     Raises:
-      UserError: the text is not such a config.
+      UserError: the text is not a config, or not one of this version: it has a key more or less, or another type.
     """
+    values, config = values_from_json(text, source), default()
+    missing = flatten(config).keys() - values.keys()
+    if missing:
+        raise UserError(f"{source} is not a latentjax config: {min(missing)!r} is missing")
     try:
-        groups = json.loads(text)
-        config = default()
-        for group, knobs in groups.items():
-            for name, value in knobs.items():
-                config[group][name] = tuple(value) if isinstance(value, list) else value
+        for key, value in values.items():
+            group, name = key.split(".")
+            config[group][name] = value
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source} is not a latentjax config: {error}") from error
     return config

@@ -256,10 +256,17 @@ def test_json_that_is_no_config(text):
     assert error_of(from_json, text, "runs/x/config.json").startswith("runs/x/config.json is not a latentjax config: ")
 
 
+def test_json_without_a_key():
+    """Is not filled up with a default that the run was not made with."""
+    content = json.loads(to_json(default()))
+    del content["optimizer"]["eps"]
+    assert "'optimizer.eps' is missing" in error_of(from_json, json.dumps(content), "c.json")
+
+
 def test_json_with_a_wrong_key_or_type():
     """Of a knob."""
     content = json.loads(to_json(default()))
     content["model"]["num_layers"] = "three"
     assert error_of(from_json, json.dumps(content), "c.json").startswith("c.json is not a latentjax config: ")
-    content["model"] = {"num_lay": 3}
+    content["model"] = dict(default().model) | {"num_lay": 3}
     assert "num_lay" in error_of(from_json, json.dumps(content), "c.json")

@@ -14,7 +14,7 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup_ratio * num_steps),
+        warmup_steps=min(round(config.warmup_ratio * num_steps), num_steps - 1),
         decay_steps=num_steps,
         end_value=config.learning_rate * config.min_learning_rate_ratio,
     )

@@ -35,16 +35,18 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
     path = workdir / "config.json"
     changes = []
     if path.exists():
-        before = config_lib.flatten(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
+        before = config_lib.values_from_json(path.read_text(encoding="utf-8"), str(path))
         for key, value in config_lib.flatten(config).items():
-            if before[key] == value:
+            # A knob that the version which began the run did not have is reported like one that was changed.
+            if key in before and before[key] == value:
                 continue
+            was = repr(before[key]) if key in before else "not known"
             if key in FIXED_KEYS:
                 raise UserError(
-                    f"{workdir} holds a run of another model: {key} was {before[key]!r} there and is {value!r} now; "
+                    f"{workdir} holds a run of another model: {key} was {was} there and is {value!r} now; "
                     "give another --workdir, or the config that made it"
                 )
-            changes.append(f"{key}: {before[key]!r} before, {value!r} from here on")
+            changes.append(f"{key}: {was} before, {value!r} from here on")
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_whole(path, config_lib.to_json(config))

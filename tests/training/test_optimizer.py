@@ -26,6 +26,12 @@ def test_schedule_at_key_steps():
         assert float(rate(step)) == pytest.approx(value, rel=1e-5), step
 
 
+def test_schedule_of_nothing_but_warmup():
+    """The peak is reached in the last step."""
+    schedule = learning_rate_schedule(optimizer_config(learning_rate=1e-3, warmup_ratio=1.0), 10)
+    np.testing.assert_allclose([schedule(step) for step in range(10)], np.arange(10) / 9 * 1e-3, rtol=1e-6)
+
+
 def test_schedule_without_warmup_starts_at_the_peak():
     """A ratio of 0, or one that rounds to no step."""
     for ratio in (0.0, 0.004):

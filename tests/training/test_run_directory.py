@@ -1,0 +1,54 @@
+"""Who may continue a run, and what is said about it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from latentjax.config import default, to_json
+from latentjax.errors import UserError
+from latentjax.training.run_directory import claim
+
+
+def test_first_claim_writes_the_config(tmp_path: Path):
+    assert claim(tmp_path / "run", default()) == []
+    assert (tmp_path / "run" / "config.json").read_text() == to_json(default())
+    assert claim(tmp_path / "run", default()) == []
+
+
+def test_changed_knobs_are_reported_and_kept(tmp_path: Path):
+    claim(tmp_path, default())
+    config = default()
+    config.optimizer.learning_rate = 5e-4
+    config.recurrence.train_jacobi_iterations = (3,)
+    assert claim(tmp_path, config) == [
+        "optimizer.learning_rate: 0.001 before, 0.0005 from here on",
+        "recurrence.train_jacobi_iterations: (2, 3, 4) before, (3,) from here on",
+    ]
+    assert claim(tmp_path, config) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.hidden_size", 256), ("recurrence.num_latent_thoughts", 2), ("model.rope_theta", 5e5)]
+)
+def test_another_model_is_refused(tmp_path: Path, key: str, value: float):
+    claim(tmp_path, default())
+    config = default()
+    group, name = key.split(".")
+    config[group][name] = value
+    with pytest.raises(UserError, match=f"another model: {key} was .* there and is {value!r} now"):
+        claim(tmp_path, config)
+    assert (tmp_path / "config.json").read_text() == to_json(default())
+
+
+def test_a_knob_that_the_run_began_without(tmp_path: Path):
+    claim(tmp_path, default())
+    stored = json.loads(to_json(default()))
+    del stored["train"]["loss_chunk_tokens"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert claim(tmp_path, default()) == ["train.loss_chunk_tokens: not known before, 0 from here on"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to --workdir .*file"):
+        claim(tmp_path / "file" / "run", default())
