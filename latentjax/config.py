@@ -214,7 +214,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def values_from_json(text: str, source: str) -> dict[str, Any]:
-    """Reads what `to_json` wrote, by this or another version, as {dotted key: value}; `source` names the file in errors.
+    """Reads what `to_json` of any version wrote, as {dotted key: value}; `source` names the file in errors.
 
     Raises:
       UserError: the text is not a config.

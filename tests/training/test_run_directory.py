@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from latentjax.config import default, to_json
 from latentjax.errors import UserError
 from latentjax.training.run_directory import claim
