@@ -3,7 +3,11 @@
     python -m latentjax.train --config configs/quickstart.py            # one latent thought per token
     python -m latentjax.train --config configs/quickstart.py:vanilla    # the same model without, for comparison
 
-Corpus: the source of Python's own standard library, byte by byte (about 11 MB, 5 % of the files held out).
+Corpus: the source of Python's own standard library, byte by byte (about 10 MB, 5 % of the files held out).
+
+Expect held-out bits per byte of about 2.14 with the thought and 2.31 without (Python 3.11's library). At this size and
+this early in training the benefit shows within minutes because the model is far too small for its data; R is fixed at 2
+and a step costs 7 forwards per token.
 """
 
 import sysconfig

@@ -41,7 +41,6 @@ def error_of(capsys: pytest.CaptureFixture, tmp_path: Path, *overrides: str, rec
         ("data.path=/no/corpus", ["/no/corpus", "latentjax.prepare"]),
         ("data.include=*.rst", ["*.rst", "no file"]),
         ("data.tokenizer=word", ["'word'", "sentencepiece"]),
-        ("data.eval_fraction=0.0001", ["eval split", "data.sequence_length"]),
         ("model.vocab_size=256", ["257", "model.vocab_size=256"]),
         ("train.sample_tokens=63", ["train.sample_tokens=63", "model.max_position_embeddings=64"]),
         ("mesh.data=3", ["mesh", "data=3", "8"]),
@@ -54,6 +53,13 @@ def test_every_mistake_is_named(capsys: pytest.CaptureFixture, tmp_path: Path, o
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_too_little_held_out(capsys: pytest.CaptureFixture, tmp_path: Path):
+    """A lone document gives its tail, which here is a token: found out at once and not at the first evaluation."""
+    message = error_of(capsys, tmp_path, f"data.path={recipes.CORPUS / 'tool.py'}", "data.eval_fraction=0.0001")
+    assert "the eval split" in message
+    assert "fewer than one window of data.sequence_length + 1 = 17" in message
 
 
 def test_empty_corpus(capsys: pytest.CaptureFixture, tmp_path: Path):
