@@ -43,9 +43,9 @@ def main(argv: Sequence[str]) -> int:
     summary = train(config, workdir, stop)
     if summary is None:
         return stop.exit_status
-    scores = f"held-out loss {summary['eval_loss']:.4f}, {summary['eval_bits_per_byte']:.4f} bits per byte; " * (
-        "eval_loss" in summary
-    )
+    scores = f"loss {summary['loss']:.4f}; "
+    if "eval_loss" in summary:
+        scores = f"held-out loss {summary['eval_loss']:.4f}, {summary['eval_bits_per_byte']:.4f} bits per byte; "
     print(
         f"done: {summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['wall_seconds']:,.0f} s; {scores}"
         f"metrics, samples and checkpoints are in {workdir}",

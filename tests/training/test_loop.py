@@ -86,9 +86,12 @@ def test_a_run_moves_to_another_mesh(whole_run: Path, tmp_path: Path):
     np.testing.assert_allclose(losses(workdir), losses(whole_run), atol=1e-5)
 
 
-def test_document_masks_train(tmp_path: Path):
-    workdir = recipes.trained(tmp_path / "run", "data.mask_documents=true", "train.num_steps=4")
+def test_masked_documents_without_evaluation_or_samples(tmp_path: Path):
+    never = ("train.eval_every_steps=0", "train.sample_every_steps=0")
+    workdir = recipes.trained(tmp_path / "run", "data.mask_documents=true", "train.num_steps=4", *never)
+    assert len(losses(workdir)) == 2 * 4  # loss and gradient norm of every step, no evaluation
     assert np.isfinite(losses(workdir)).all()
+    assert not (workdir / "samples.txt").exists()
 
 
 def test_gradient_accumulation_changes_no_loss(whole_run: Path, tmp_path: Path):
