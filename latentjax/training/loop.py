@@ -188,6 +188,7 @@ def _steps(run: Run, log: MetricsLog, progress: TrainProgress, stop: StopRequest
         last = step == train.num_steps
         evaluates = last or step % train.eval_every_steps == 0 if train.eval_every_steps else False
         samples = last or step % train.sample_every_steps == 0 if train.sample_every_steps else False
+        samples = samples and train.sample_prompts
         saves = last or step % config.checkpoint.every_steps == 0
         if last or step % train.log_every_steps == 0 or evaluates:
             recorder.note(step, num_iterations, metrics)
@@ -201,6 +202,8 @@ def _steps(run: Run, log: MetricsLog, progress: TrainProgress, stop: StopRequest
             log.sync()
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
         recorder.restart_clock()
+    recorder.write()  # of the last step, where the signal came behind the checks above
+    log.sync()
     batches.close()
     return state, step
 

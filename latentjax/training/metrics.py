@@ -66,6 +66,8 @@ class MetricsLog:
         body = "\n".join(f"--- {prompt!r}\n    {text}\n" for prompt, text in indented)
         with self._samples_path.open("a", encoding="utf-8") as file:
             file.write(f"=== step {step} ===\n{body}\n")
+            file.flush()
+            os.fsync(file.fileno())
         self._tensorboard.add_text("samples", body, step)
 
     def _cut_samples(self, start_step: int) -> None:

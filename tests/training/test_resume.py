@@ -6,10 +6,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import recipes
 
+from latentjax.training.loop import train
 from latentjax.training.metrics import read_metrics
+from latentjax.training.signals import StopRequest
 
 
 def start_until(workdir: Path, step: int, *overrides: str) -> subprocess.Popen:
@@ -46,6 +49,33 @@ def test_signal_saves_and_the_same_command_continues(whole_run: Path, tmp_path: 
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == list(range(1, saved + 1))
     recipes.trained(workdir)
     recipes.assert_same_run(workdir, whole_run)
+
+
+class StopAtLook(StopRequest):
+    """A signal that comes just before the loop looks for the n-th time; it looks twice a step."""
+
+    def __init__(self, look: int):
+        super().__init__()
+        self._looks_left = look
+
+    @property
+    def requested(self) -> bool:
+        self._looks_left -= 1
+        return self._looks_left <= 0
+
+
+@pytest.mark.parametrize(("look", "step"), [(1, 0), (3, 1), (4, 2)])
+def test_no_moment_to_stop_loses_a_line_of_the_log(whole_run: Path, tmp_path: Path, look: int, step: int):
+    config = recipes.get_config()
+    config.mesh.data = 8  # this process has eight devices
+    assert train(config, tmp_path / "run", StopAtLook(look)) is None
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, step + 1))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(step)]
+    recipes.trained(tmp_path / "run", "mesh.data=-1")
+    ours, whole = recipes.comparable_metrics(tmp_path / "run"), recipes.comparable_metrics(whole_run)
+    assert [line["step"] for line in ours] == list(range(1, 13))
+    # The first steps were taken on eight devices, which sum in another order.
+    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in whole], atol=1e-5)
 
 
 def _kill_until_done(workdir: Path, kills: int, seed: int) -> int:
