@@ -62,7 +62,13 @@ def losses(workdir: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "mesh", [("mesh.data=8",), ("mesh.data=2", "mesh.fsdp=4"), ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")]
+    "mesh",
+    [
+        ("mesh.data=8",),
+        ("mesh.data=2", "mesh.fsdp=4"),
+        ("mesh.data=2", "mesh.sequence=4"),
+        ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+    ],
 )
 def test_losses_do_not_depend_on_the_mesh(whole_run: Path, tmp_path: Path, mesh: tuple[str, ...]):
     vocabulary = ["model.vocab_size=257"] if "mesh.tensor=2" not in mesh else []
