@@ -51,10 +51,19 @@ def default() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.path = ""  # a token store, or a raw corpus (file or directory) that becomes one at first use
-    data.include = ("**/*.txt", "**/*.jsonl")  # files of a raw corpus directory, as glob patterns
+    data.mixture = ()  # in place of data.path: (("path", weight), ...), windows of each in proportion to its weight
+    data.eval_sets = ()  # what to evaluate on: (("name", "path"), ...); (): what the stores hold out
+    # Files of a raw corpus directory, as glob patterns.
+    data.include = ("**/*.txt", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.parquet")
     data.exclude = ()  # glob patterns of files to leave out again
-    data.text_field = "text"  # the field of a JSON line that holds its text
-    data.tokenizer = "sentencepiece"  # of a raw corpus: bytes, sentencepiece (trained on it) or a .model file
+    data.text_field = "text"  # field of a JSON line, Parquet row or data set example: its text, or list of token ids
+    data.packed_rows = False  # rows of token ids are stretches of one stream, not documents
+    data.max_malformed = 100  # so many malformed documents are left out and counted; more are an error
+    data.shard_megabytes = 0  # input per shard of a store in MB; 0: by the size of the corpus
+    # Of a raw corpus: bytes, sentencepiece (trained on it), or the path of a .model file, of a tokenizer.json, or of a
+    # directory that holds one.
+    data.tokenizer = "sentencepiece"
+    data.eod_token = ""  # end-of-document token of a tokenizer.json; "": found in the files beside it
     data.tokenizer_vocab_size = 8192  # pieces of a sentencepiece model trained on the corpus
     data.eval_fraction = 0.01  # share of documents held out for evaluation
     data.store_cache = "~/.cache/latentjax/stores"  # where the token stores of raw corpora are kept
@@ -62,7 +71,10 @@ def default() -> ConfigDict:
     data.batch_size = 8  # sequences per step, over all hosts and gradient accumulation steps
     data.mask_documents = False  # keep attention, positions and thoughts within a document
     data.seed = 0  # of the order of the windows
-    data.prefetch_batches = 4  # batches read ahead of the step by background threads
+    data.shuffle = True  # windows in a random order, another in every epoch; else in their own
+    data.prefetch_batches = 4  # batches read ahead of the step
+    data.num_workers = 0  # processes that read ahead; 0: threads of this process
+    data.device_prefetch = 2  # batches put onto the devices ahead of the step
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # peak, reached at the end of the warm-up
@@ -197,7 +209,7 @@ def _parse(key: str, text: str, default_value: Any) -> Any:
     if kind is tuple and not isinstance(value, list | tuple):
         value = tuple(text.split(",")) if isinstance(value, str) else (value,)
     if kind is tuple:
-        value = tuple(value)
+        value = _as_tuples(value)
     if kind is float and type(value) is int and abs(value) < 2**1023:  # beyond lies no float
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
@@ -206,6 +218,11 @@ def _parse(key: str, text: str, default_value: Any) -> Any:
         wanted = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple"}[kind]
         raise UserError(f"config key {key!r} takes {wanted}, not {text!r}")
     return value
+
+
+def _as_tuples(value: Any) -> Any:
+    """Turns lists into tuples, inside too: no value of a config is a list."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def to_json(config: ConfigDict) -> str:
@@ -224,7 +241,7 @@ def values_from_json(text: str, source: str) -> dict[str, Any]:
         values = {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{source} is not a latentjax config: {error}") from error
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return {key: _as_tuples(value) for key, value in values.items()}
 
 
 def from_json(text: str, source: str) -> ConfigDict:

@@ -1,6 +1,8 @@
 """Limits on the values of a config, checked before any device is touched."""
 
 import math
+import re
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -95,11 +97,37 @@ def _check_recurrence(recurrence: ConfigDict) -> None:
         )
 
 
+def _check_sources(data: ConfigDict) -> None:
+    _check_pairs("data.mixture", data.mixture, '("path", weight)', (int, float))
+    _check_pairs("data.eval_sets", data.eval_sets, '("name", "path")', str)
+    if data.mixture and data.path:
+        raise UserError(f"data.path={data.path!r} and data.mixture are both set: empty one of them")
+    for path, weight in data.mixture:
+        if not 0 < weight < math.inf:
+            raise UserError(f"data.mixture: the weight of {path!r} is {weight!r}, but it must be a number above 0")
+    names = [name for name, _ in data.eval_sets]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(f"data.eval_sets: the name {name!r} must be made of letters, digits, _ and -")
+        if names.count(name) > 1:
+            raise UserError(f"data.eval_sets: the name {name!r} stands for two sets: give each its own")
+
+
+def _check_pairs(key: str, value: tuple, pair: str, second: Any) -> None:
+    """Checks that `value` is a tuple of pairs of a text and a `second`."""
+    for each in value:
+        fits = isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) and each[0] != ""
+        if not fits or not isinstance(each[1], second) or isinstance(each[1], bool) or each[1] == "":
+            # A pair alone, without the comma that makes it one of a tuple, is an easy mistake.
+            raise UserError(f"{key}={value!r} must be pairs, such as ({pair},) or ({pair}, {pair})")
+
+
 def _check_data(config: ConfigDict) -> None:
     data, train = config.data, config.train
     for key in ("include", "exclude"):
         if not all(isinstance(pattern, str) for pattern in data[key]):
             raise UserError(f"data.{key}={data[key]!r} must be glob patterns in quotes")
+    _check_sources(data)
     if not all(isinstance(prompt, str) and prompt for prompt in train.sample_prompts):
         raise UserError(f"train.sample_prompts={train.sample_prompts!r} must be texts in quotes, none of them empty")
     if data.sequence_length > config.model.max_position_embeddings:

@@ -111,6 +111,9 @@ def test_flatten_is_dotted_and_sorted():
         ("data.include", "**/*.py,**/*.md", ("**/*.py", "**/*.md")),
         ("data.exclude", "()", ()),
         ("train.sample_prompts", "('Hello, world', 'The')", ("Hello, world", "The")),
+        ("data.mixture", '(("a",0.7),("b",0.3))', (("a", 0.7), ("b", 0.3))),
+        ("data.mixture", '[["a", 1]]', (("a", 1),)),
+        ("data.eval_sets", '("web", "stores/web"),', (("web", "stores/web"),)),
     ],
 )
 def test_overrides_of_every_type(recipe, key, text, value):
@@ -244,6 +247,7 @@ def test_json_round_trip():
     config.recurrence.train_jacobi_iterations = (5,)
     config.optimizer.learning_rate = 0.1 + 0.2
     config.data.path = 'ä\n"quoted"'
+    config.data.mixture = (("stores/a", 0.7), ("stores/b", 3))
     again = from_json(to_json(config), "config.json")
     assert flatten(again) == flatten(config)
     assert [type(v) for v in flatten(again).values()] == [type(v) for v in flatten(config).values()]

@@ -31,7 +31,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ALLOWED)
 def test_a_room_imports_only_what_it_may(room: str):
-    files = list((PACKAGE / room).glob("*.py"))
+    files = list((PACKAGE / room).rglob("*.py"))
     assert files
     for path in files:
         assert imported_rooms(path) <= ALLOWED[room] | {room, "errors"}, path

@@ -38,7 +38,7 @@ class Stage:
 
     def __init__(self, label: str, total_bytes: int, enabled: bool, stream: TextIO):
         self._label, self._total, self._enabled, self._stream = label, total_bytes, enabled, stream
-        self.documents = self._bytes = self._tokens = 0
+        self._documents = self._bytes = self._tokens = self._skipped = 0
         self._start = self._last_line = time.monotonic()
         self._bar = None
         if enabled and stream.isatty():
@@ -46,9 +46,17 @@ class Stage:
                 total=total_bytes, desc=label, unit="B", unit_scale=True, file=stream, dynamic_ncols=True, leave=True
             )
 
-    def advance(self, file_bytes: int, tokens: int) -> None:
-        """Counts one document of so many bytes and tokens (0 where there are none yet)."""
-        self.documents += 1
+    def skip(self, file_bytes: int) -> None:
+        """Counts bytes that need no work, since it was done before."""
+        self._skipped += file_bytes
+        if self._bar is not None:
+            self._bar.initial += file_bytes  # so that they do not count in the rate
+            self._bar.n += file_bytes
+            self._bar.refresh()
+
+    def advance(self, file_bytes: int, documents: int = 0, tokens: int = 0) -> None:
+        """Counts work done (0 where there are no documents or tokens)."""
+        self._documents += documents
         self._bytes += file_bytes
         self._tokens += tokens
         if self._bar is not None:
@@ -60,14 +68,17 @@ class Stage:
 
     def _counts(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = f", {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
-        return f"{self.documents:,} documents{rate}"
+        parts = [f"{self._documents:,} documents"] if self._documents else []
+        parts += [f"{self._tokens / seconds:,.0f} tokens/s"] if self._tokens else []
+        return ", ".join(parts)
 
     def _print_line(self) -> None:
         seconds = max(time.monotonic() - self._start, 1e-9)
-        left = seconds * (self._total - self._bytes) / self._bytes if self._bytes else float("nan")
+        done = self._skipped + self._bytes
+        left = seconds * (self._total - done) / self._bytes if self._bytes else float("nan")
+        counts = f"{counts}, " if (counts := self._counts()) else ""
         print(
-            f"{self._label}: {self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, {self._counts()}, "
+            f"{self._label}: {done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, {counts}"
             f"{self._bytes / 1e6 / seconds:,.1f} MB/s, {max(left, 0):,.0f} s left",
             file=self._stream,
             flush=True,
@@ -78,8 +89,5 @@ class Stage:
         if self._bar is not None:
             self._bar.close()
         elif self._enabled:
-            print(
-                f"{self._label}: {self._counts()}, {time.monotonic() - self._start:,.1f} s",
-                file=self._stream,
-                flush=True,
-            )
+            parts = [part for part in (self._counts(), f"{time.monotonic() - self._start:,.1f} s") if part]
+            print(f"{self._label}: {', '.join(parts)}", file=self._stream, flush=True)

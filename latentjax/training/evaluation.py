@@ -1,40 +1,76 @@
 """Evaluation on held-out text."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from latentjax.training.mesh import put_batch
+from latentjax.training.feeding import put_ahead
 
 EVALUATION_KEYS = ("eval_loss", "eval_bits_per_byte", "thought_residual")
 
 
 def evaluate(
-    eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+    eval_step: Callable,
+    params: Any,
+    batches_of_sets: Mapping[str, Iterable[dict[str, np.ndarray]]],
+    mesh: Mesh,
+    ahead: int = 0,
 ) -> dict[str, float]:
-    """Averages over batches of held-out windows.
+    """Averages over batches of held-out windows, of one or more sets.
 
     Args:
       eval_step: (params, batch) -> sums, see `training.step.make_eval_step`.
-      batches: with `target_bytes` (B, T): how many bytes of text each target stands for.
+      batches_of_sets: by name; with `target_bytes` (B, T): how many bytes of text each target stands for.
+      ahead: batches put onto the devices ahead of the step.
 
     Returns:
       `eval_loss` in nats per token; `eval_bits_per_byte`, which does not depend on the tokenizer; and, for methods
-      that iterate, `thought_residual`: the relative RMS change of the thoughts in the last refinement pass.
+      that iterate, `thought_residual`: the relative RMS change of the thoughts in the last refinement pass. All are
+      over the tokens of all sets together. With more than one set, also `eval_loss/NAME` and `eval_bits_per_byte/NAME`.
     """
-    text_bytes, sums = 0, []
-    for batch in batches:
-        text_bytes += int(batch["target_bytes"].sum())
-        arrays = {name: rows for name, rows in batch.items() if name != "target_bytes"}
-        sums.append(eval_step(params, put_batch(arrays, mesh)))
-    # Summed on the host in float64: the same whatever the number of batches in flight.
-    loss_sum = math.fsum(float(each["loss_sum"]) for each in sums)
-    weight_sum = math.fsum(float(each["weight_sum"]) for each in sums)
-    results = {"eval_loss": loss_sum / weight_sum, "eval_bits_per_byte": loss_sum / math.log(2) / max(text_bytes, 1)}
-    residuals = [float(each["thought_residual"]) for each in sums if "thought_residual" in each]
+    steps_of_sets = {name: _steps(eval_step, params, batches, mesh, ahead) for name, batches in batches_of_sets.items()}
+    # Only now waited for, and then added in float64: the same whatever the number of batches in flight.
+    sums_of_sets = {
+        name: [{key: float(value) for key, value in each.items()} for each in steps]
+        for name, steps in steps_of_sets.items()
+    }
+    everything = [each for sums in sums_of_sets.values() for each in sums]
+    results = _averages(everything)
+    residuals = [each["thought_residual"] * each["weight_sum"] for each in everything if "thought_residual" in each]
     if residuals:
-        results["thought_residual"] = math.fsum(residuals) / len(residuals)
+        results["thought_residual"] = math.fsum(residuals) / _total(everything, "weight_sum")
+    if len(sums_of_sets) > 1:
+        for name, sums in sums_of_sets.items():
+            results |= {f"{key}/{name}": value for key, value in _averages(sums).items()}
     return results
+
+
+def _steps(
+    eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, ahead: int
+) -> list[dict[str, Any]]:
+    """Sets the evaluation of each batch going; returns its sums, on the device, and the bytes of its text."""
+    text_bytes = []
+
+    def without_bytes() -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches:
+            text_bytes.append(int(batch["target_bytes"].sum()))
+            yield {name: rows for name, rows in batch.items() if name != "target_bytes"}
+
+    sums = [eval_step(params, batch) for batch in put_ahead(without_bytes(), mesh, ahead)]
+    return [each | {"text_bytes": count} for each, count in zip(sums, text_bytes, strict=True)]
+
+
+def _averages(sums: list[dict[str, float]]) -> dict[str, float]:
+    loss = _total(sums, "loss_sum")
+    return {
+        "eval_loss": loss / _total(sums, "weight_sum"),
+        "eval_bits_per_byte": loss / math.log(2) / _total(sums, "text_bytes"),
+    }
+
+
+def _total(sums: list[dict[str, float]], name: str) -> float:
+    total = math.fsum(each[name] for each in sums)
+    return max(total, 1.0) if name != "loss_sum" else total  # text of which every token is an end of document

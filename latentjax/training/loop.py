@@ -1,8 +1,9 @@
 """The train loop: set up, resume, then step, log, evaluate, sample and save, in a fixed order."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from latentjax.data.resolve import resolve_store
-from latentjax.data.store import TokenStore
-from latentjax.data.windows import Windows, eval_batches, train_batches
+from latentjax.data.batches import eval_batches, train_batches
+from latentjax.data.sources import Sources, open_sources
 from latentjax.errors import UserError
 from latentjax.models.attention import choose_backend
 from latentjax.models.spec import ModelSpec
@@ -23,8 +23,9 @@ from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import programs, run_directory
 from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.evaluation import EVALUATION_KEYS, evaluate
+from latentjax.training.feeding import put_ahead
 from latentjax.training.flops import peak_flops, train_flops_per_token
-from latentjax.training.mesh import make_mesh, put_batch
+from latentjax.training.mesh import make_mesh
 from latentjax.training.metrics import MetricsLog
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.progress import TrainProgress
@@ -39,7 +40,7 @@ class Run:
 
     config: ConfigDict
     workdir: Path
-    store: TokenStore
+    sources: Sources
     model: LanguageModel
     recurrence: Recurrence
     mesh: Mesh
@@ -88,7 +89,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
     try:
         # Until here nothing would be lost: signals did what they always do.
         with stop:
-            state, step = _steps(run, log, progress, stop)
+            with contextlib.closing(_train_batches(run)) as batches:
+                state, step = _steps(run, batches, log, progress, stop)
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
             run.checkpoints.close()
         if step < config.train.num_steps:
@@ -104,17 +106,15 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
 
 def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
-    store = resolve_store(config.data, progress=True)
-    if store.vocab_size > config.model.vocab_size:
+    sources = open_sources(config.data, progress=True, needs_evaluation=config.train.eval_every_steps > 0)
+    if sources.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"the tokens of {store.path} have a vocabulary of {store.vocab_size}, larger than "
+            f"the data ({sources.description}) have a vocabulary of {sources.vocab_size}, larger than "
             f"model.vocab_size={config.model.vocab_size}: raise that, or use a tokenizer with fewer pieces"
         )
     encode_prompts(
-        store.tokenizer, config.train.sample_prompts, config.train.sample_tokens, config.model.max_position_embeddings
+        sources.tokenizer, config.train.sample_prompts, config.train.sample_tokens, config.model.max_position_embeddings
     )
-    for split in ("train", "eval") if config.train.eval_every_steps else ("train",):
-        Windows(store.split(split), config.data.sequence_length)  # long before the first evaluation would find out
     mesh = make_mesh(config, jax.devices())
     programs.use_compilation_cache(config.train.compilation_cache)
     spec = ModelSpec(**config.model)
@@ -131,7 +131,7 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     print(
         f"{config.recurrence.method} {spec.architecture}, {num_params:,} parameters, on {mesh.size} "
         f"{jax.devices()[0].device_kind} ({sizes}), attention by {choose_backend(spec.attention)}; "
-        f"{store.split('train').num_tokens:,} tokens in {store.path}",
+        f"{sources.description}",
         flush=True,
     )
     if checkpoints.latest_step is None:
@@ -144,7 +144,7 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     run = Run(
         config=config,
         workdir=workdir,
-        store=store,
+        sources=sources,
         model=model,
         recurrence=make_recurrence(model.recurrence_spec),
         mesh=mesh,
@@ -167,18 +167,19 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     return run
 
 
-def _steps(run: Run, log: MetricsLog, progress: TrainProgress, stop: StopRequest) -> tuple[TrainState, int]:
+def _steps(
+    run: Run, batches: Iterator[dict[str, jax.Array]], log: MetricsLog, progress: TrainProgress, stop: StopRequest
+) -> tuple[TrainState, int]:
     """Runs steps until the end or a stop; returns the state and its step."""
     config, train = run.config, run.config.train
     recorder = _Recorder(run, log, progress)
     state, step = run.state, run.start_step
     run.state = None  # the first step takes its memory over
-    batches = train_batches(run.store, config.data, start_step=step)
     while step < train.num_steps and not stop.requested:
         num_iterations = 0
         if run.recurrence.uses_jacobi_iterations:
             num_iterations = draw_jacobi_iterations(config.recurrence.train_jacobi_iterations, train.seed, step)
-        state, metrics = run.train_steps[num_iterations](state, put_batch(next(batches), run.mesh))
+        state, metrics = run.train_steps[num_iterations](state, next(batches))
         # Only now, with the next step under way, are the numbers of the one before waited for.
         recorder.write()
         recorder.advance(num_iterations)
@@ -197,20 +198,44 @@ def _steps(run: Run, log: MetricsLog, progress: TrainProgress, stop: StopRequest
         # The log first: a checkpoint whose metrics are lost would leave a hole that no restart fills.
         recorder.write((lambda params=state.params: _evaluate(run, params)) if evaluates else None)
         if samples:
-            log.write_samples(step, sample_text(run.model, state.params, run.store.tokenizer, config, step))
+            log.write_samples(step, sample_text(run.model, state.params, run.sources.tokenizer, config, step))
         if saves or stop.requested:
             log.sync()
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
         recorder.restart_clock()
     recorder.write()  # of the last step, where the signal came behind the checks above
     log.sync()
-    batches.close()
     return state, step
 
 
+def _train_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
+    """The batches from the run's first step to its last, on the devices."""
+    batches = train_batches(
+        run.sources.train,
+        run.config.data,
+        eod_id=run.sources.eod_id,
+        start_step=run.start_step,
+        host_index=jax.process_index(),
+        num_hosts=jax.process_count(),
+    )
+    limit = run.config.train.num_steps - run.start_step
+    return put_ahead(batches, run.mesh, run.config.data.device_prefetch, limit)
+
+
 def _evaluate(run: Run, params: Any) -> dict[str, float]:
-    batches = eval_batches(run.store, run.config.data, run.config.train.eval_batches)
-    return evaluate(run.eval_step, params, batches, run.mesh)
+    batches_of_sets = {
+        name: eval_batches(
+            row,
+            run.config.data,
+            run.config.train.eval_batches,
+            eod_id=run.sources.eod_id,
+            bytes_per_id=run.sources.tokenizer.bytes_per_id,
+            host_index=jax.process_index(),
+            num_hosts=jax.process_count(),
+        )
+        for name, row in run.sources.eval_sets.items()
+    }
+    return evaluate(run.eval_step, params, batches_of_sets, run.mesh, run.config.data.device_prefetch)
 
 
 class _Recorder:
@@ -266,7 +291,8 @@ class _Recorder:
 
 def _summary(run: Run, log: MetricsLog) -> dict[str, Any]:
     devices = run.mesh.devices.flat
-    evaluation = {key: log.last_evaluation[key] for key in EVALUATION_KEYS if key in log.last_evaluation}
+    # With several sets, also those of each: KEY/NAME.
+    evaluation = {key: value for key, value in log.last_evaluation.items() if key.split("/")[0] in EVALUATION_KEYS}
     return {
         "steps": log.last["step"],
         "tokens": log.last["tokens"],

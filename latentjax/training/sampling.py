@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from latentjax.data.tokenizers import Tokenizer
+from latentjax.data.tokenizers.base import Tokenizer
 from latentjax.errors import UserError
 from latentjax.recurrence.decoding import generate
 from latentjax.recurrence.language_model import LanguageModel

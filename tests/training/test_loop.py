@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recipes
+from megatron_files import write
 
 from latentjax.recurrence.draw import draw_jacobi_iterations
 from latentjax.training.metrics import read_metrics
@@ -103,3 +104,35 @@ def test_masked_documents_without_evaluation_or_samples(tmp_path: Path):
 def test_gradient_accumulation_changes_no_loss(whole_run: Path, tmp_path: Path):
     workdir = recipes.trained(tmp_path / "run", "train.gradient_accumulation_steps=4", "train.loss_chunk_tokens=5")
     np.testing.assert_allclose(losses(workdir), losses(whole_run), atol=2e-5)
+
+
+def test_processes_and_prefetching_change_no_number(whole_run: Path, tmp_path: Path):
+    workdir = recipes.trained(tmp_path / "run", "data.num_workers=2", "data.device_prefetch=0")
+    recipes.assert_same_run(workdir, whole_run)
+
+
+def test_a_mixture_and_several_sets_to_evaluate_on(whole_run: Path, tmp_path: Path):
+    """Of raw corpora and Megatron data; the log and the summary have every set's numbers beside those of all."""
+    write(tmp_path / "packed", np.random.default_rng(0).integers(0, 256, (20, 17)).tolist())
+    other = recipes.CORPUS.parent / "email"
+    workdir = recipes.trained(
+        tmp_path / "run",
+        "data.path=",
+        f"data.mixture=(({str(recipes.CORPUS)!r}, 3), ({str(other)!r}, 1))",
+        f"data.eval_sets=(('json', {str(recipes.CORPUS)!r}), ('noise', {str(tmp_path / 'packed')!r}))",
+        "train.eval_batches=4",
+        "train.num_steps=4",
+    )
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    # Bytes that follow no rule are harder, and what is learned of Python is no help with them.
+    assert last["eval_loss/noise"] > last["eval_loss/json"] + 0.2
+    sets = ("json", "noise")
+    for key in ("eval_loss", "eval_bits_per_byte"):
+        low, high = sorted(last[f"{key}/{name}"] for name in sets)
+        assert low < last[key] < high
+    # Of json 4 batches of 8 windows, of the noise 20 windows: one sequence each.
+    expected = sum(last[f"eval_loss/{name}"] * count for name, count in zip(sets, (32, 20), strict=True)) / 52
+    assert last["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    summary = json.loads((workdir / "summary.json").read_text())
+    evaluation = {key: value for key, value in last.items() if key.startswith(("eval_", "thought_"))}
+    assert len(evaluation) == 3 + 4 and evaluation.items() <= summary.items()

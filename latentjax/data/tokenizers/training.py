@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-from latentjax.data.tokenizers import SentencePieceTokenizer
+from latentjax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from latentjax.errors import UserError
 
 # Enough for the frequent pieces of any vocabulary we train, and seconds of work.

@@ -1,0 +1,94 @@
+"""Batches read ahead of the step that needs them, in threads or in processes."""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from latentjax.data.reading_processes import read_in_processes
+from latentjax.data.row import TokenRow
+from latentjax.data.windows import Batch, EvalBatches, TrainBatches
+from latentjax.errors import UserError
+
+# Reading a window is a memory copy, or a wait for a network disk, which more threads than this seldom shorten.
+_MAX_THREADS = 8
+
+
+def train_batches(
+    mixture: Sequence[tuple[TokenRow, float]],
+    data: ConfigDict,
+    *,
+    eod_id: int,
+    start_step: int,
+    host_index: int = 0,
+    num_hosts: int = 1,
+) -> Iterator[Batch]:
+    """Iterates over this host's rows of the global batches `start_step`, `start_step + 1`, ... without end.
+
+    Every batch is a function of the rows, `data` and its step alone; beginning at any step costs the same. With H
+    hosts, host h gets rows [h B/H, (h+1) B/H) of the same global batch that a single host would get. Reading runs ahead
+    by `data.prefetch_batches` in threads (0: none), or in `data.num_workers` processes. Close the iterator after use.
+
+    Args:
+      mixture: rows of tokens, each with the share of the windows that it gives (see `data.order`).
+      data: the `data` group of a config.
+      eod_id: the end-of-document id of all of them.
+
+    Yields:
+      tokens (B/H, T+1) int32, loss_weights (B/H, T) float32, and with `data.mask_documents` segment_ids and positions
+      (B/H, T) int32; see `document_layout`.
+
+    Raises:
+      UserError: fewer tokens than one window, or B is not a multiple of the number of hosts; when iterated, whatever
+        `TokenRow.read_windows` raises, wherever it was read.
+    """
+    _check_hosts(data, num_hosts)
+    source = TrainBatches(mixture, data, eod_id, start_step, host_index, num_hosts)
+    if data.num_workers:
+        return read_in_processes(source, data.num_workers, data.prefetch_batches)
+    return _read_in_threads(source, data.prefetch_batches)
+
+
+def eval_batches(
+    row: TokenRow,
+    data: ConfigDict,
+    num_batches: int,
+    *,
+    eod_id: int,
+    bytes_per_id: np.ndarray,
+    host_index: int = 0,
+    num_hosts: int = 1,
+) -> Iterator[Batch]:
+    """Iterates over this host's rows of up to `num_batches` batches of a row: the same for every run.
+
+    The windows are spread evenly over the row, in its order. Where it has fewer than asked, all are used, and the
+    last batch is filled up with rows of weight 0, so that all batches have one shape.
+
+    Args:
+      row: held-out tokens.
+      data: the `data` group of a config.
+      num_batches: at least 1.
+      eod_id: the end-of-document id.
+      bytes_per_id: (V,) the bytes of text that each id stands for.
+
+    Yields:
+      what `train_batches` does, and target_bytes (B/H, T) int32: the bytes of text that each target stands for, 0
+      where the loss weight is 0, so that loss / target_bytes, both summed, is in nats per byte of the same text.
+
+    Raises:
+      UserError: as `train_batches`.
+    """
+    _check_hosts(data, num_hosts)
+    rows = np.arange(data.batch_size // num_hosts, dtype=np.int64) + host_index * data.batch_size // num_hosts
+    return _read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data.prefetch_batches)
+
+
+def _check_hosts(data: ConfigDict, num_hosts: int) -> None:
+    if data.batch_size % num_hosts:
+        raise UserError(f"data.batch_size = {data.batch_size} is not a multiple of the {num_hosts} hosts that share it")
+
+
+def _read_in_threads(source: TrainBatches | EvalBatches, ahead: int) -> Iterator[Batch]:
+    options = grain.ReadOptions(num_threads=min(ahead, _MAX_THREADS), prefetch_buffer_size=ahead)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))

@@ -1,0 +1,45 @@
+"""Values that cannot be, each named with what is allowed."""
+
+import pytest
+
+from latentjax.config import default, set_key
+from latentjax.errors import UserError
+from latentjax.validation import validate
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("data.mixture", "stores/a,stores/b", r"must be pairs, such as \(\(\"path\", weight\),\)"),
+        ("data.mixture", '("stores/a", 0.5)', r"data.mixture=\('stores/a', 0.5\) must be pairs"),
+        ("data.mixture", '(("stores/a", "0.5"),)', "must be pairs"),
+        ("data.mixture", '(("stores/a", True),)', "must be pairs"),
+        ("data.mixture", '(("stores/a", 1, 2),)', "must be pairs"),
+        ("data.mixture", '(("", 1),)', "must be pairs"),
+        ("data.mixture", '(("stores/a", 0.5), ("stores/b", 0))', "the weight of 'stores/b' is 0, .* above 0"),
+        ("data.mixture", '(("stores/a", -0.5),)', "above 0"),
+        ("data.mixture", '(("stores/a", 1e999),)', "above 0"),
+        ("data.eval_sets", '(("web", 1),)', r"must be pairs, such as \(\(\"name\", \"path\"\),\)"),
+        ("data.eval_sets", "stores/a", "must be pairs"),
+        ("data.eval_sets", '(("a/b", "x"),)', "the name 'a/b' must be made of letters, digits, _ and -"),
+        ("data.eval_sets", '(("a", "x"), ("a", "y"))', "the name 'a' stands for two sets"),
+        ("data.num_workers", "-1", "data.num_workers=-1"),
+        ("data.device_prefetch", "-1", "data.device_prefetch=-1"),
+    ],
+)
+def test_what_data_is_read(key, text, message):
+    config = default()
+    validate(config)
+    set_key(config, key, text)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+def test_a_mixture_takes_the_place_of_a_path():
+    config = default()
+    config.data.mixture = (("stores/a", 0.7), ("stores/a", 3))
+    config.data.eval_sets = (("web-2_x", "stores/a"), ("W", "stores/a"))
+    validate(config)
+    config.data.path = "stores/b"
+    with pytest.raises(UserError, match=r"data.path='stores/b' and data.mixture are both set"):
+        validate(config)
