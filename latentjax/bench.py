@@ -1,4 +1,4 @@
-"""`python -m latentjax.bench`: how fast the parts of the framework are, each against the plainest way of doing the same.
+"""`python -m latentjax.bench`: how fast the parts of the framework are, against the plainest way of doing the same.
 
 python -m latentjax.bench data
 """
@@ -32,13 +32,13 @@ def _parser() -> LineParser:
         allow_abbrev=False,
     )
     parser.add_argument("part", choices=("data",), help="data: preparing stores and reading batches from them")
-    parser.add_argument("--text_megabytes", type=int, default=100, help="text to tokenise")
+    parser.add_argument("--text_megabytes", type=int, default=200, help="text to tokenise")
     parser.add_argument("--store_megabytes", type=int, default=2000, help="size of the store to read")
     parser.add_argument("--tokenizer", default="", help="path of one to measure instead of two trained here")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenise")
     parser.add_argument("--sequence_length", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--batch_size", type=int, default=32, help="windows of a batch")
-    parser.add_argument("--rounds", type=int, default=5, help="times that everything is measured, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured, in turns")
     parser.add_argument("--directory", type=Path, help="where to put files; unset: a temporary directory")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser

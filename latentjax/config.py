@@ -53,16 +53,13 @@ def default() -> ConfigDict:
     data.path = ""  # a token store, or a raw corpus (file or directory) that becomes one at first use
     data.mixture = ()  # in place of data.path: (("path", weight), ...), windows of each in proportion to its weight
     data.eval_sets = ()  # what to evaluate on: (("name", "path"), ...); (): what the stores hold out
-    # Files of a raw corpus directory, as glob patterns.
-    data.include = ("**/*.txt", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.parquet")
+    data.include = ("**/*.txt", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.parquet")  # files of a directory
     data.exclude = ()  # glob patterns of files to leave out again
     data.text_field = "text"  # field of a JSON line, Parquet row or data set example: its text, or list of token ids
     data.packed_rows = False  # rows of token ids are stretches of one stream, not documents
     data.max_malformed = 100  # so many malformed documents are left out and counted; more are an error
     data.shard_megabytes = 0  # input per shard of a store in MB; 0: by the size of the corpus
-    # Of a raw corpus: bytes, sentencepiece (trained on it), or the path of a .model file, of a tokenizer.json, or of a
-    # directory that holds one.
-    data.tokenizer = "sentencepiece"
+    data.tokenizer = "sentencepiece"  # bytes, sentencepiece (trained here) or path of a .model or tokenizer.json
     data.eod_token = ""  # end-of-document token of a tokenizer.json; "": found in the files beside it
     data.tokenizer_vocab_size = 8192  # pieces of a sentencepiece model trained on the corpus
     data.eval_fraction = 0.01  # share of documents held out for evaluation
@@ -73,7 +70,8 @@ def default() -> ConfigDict:
     data.seed = 0  # of the order of the windows
     data.shuffle = True  # windows in a random order, another in every epoch; else in their own
     data.prefetch_batches = 4  # batches read ahead of the step
-    data.num_workers = 0  # processes that read ahead; 0: threads of this process
+    data.num_threads = 2  # threads that read ahead; more where storage is slow to answer
+    data.num_workers = 0  # processes that read ahead instead of threads; 0: none
     data.device_prefetch = 2  # batches put onto the devices ahead of the step
 
     config.optimizer = optimizer = ConfigDict()

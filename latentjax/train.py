@@ -11,7 +11,6 @@ from pathlib import Path
 from latentjax import config as config_lib
 from latentjax.command_line import LineParser, split_overrides
 from latentjax.errors import run_verb
-from latentjax.validation import validate
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = split_overrides(argv)
     flags = parser.parse_args(arguments)
     config = config_lib.load(flags.config, overrides)
+    # Here and not above: processes that read data import this module too, and have no use for jax.
+    from latentjax.validation import validate
+
     validate(config)
     recipe, _, argument = flags.config.partition(":")
     workdir = flags.workdir or Path("runs") / "-".join(filter(None, (Path(recipe).stem, argument)))

@@ -11,9 +11,6 @@ from latentjax.data.row import TokenRow
 from latentjax.data.windows import Batch, EvalBatches, TrainBatches
 from latentjax.errors import UserError
 
-# Reading a window is a memory copy, or a wait for a network disk, which more threads than this seldom shorten.
-_MAX_THREADS = 8
-
 
 def train_batches(
     mixture: Sequence[tuple[TokenRow, float]],
@@ -28,7 +25,8 @@ def train_batches(
 
     Every batch is a function of the rows, `data` and its step alone; beginning at any step costs the same. With H
     hosts, host h gets rows [h B/H, (h+1) B/H) of the same global batch that a single host would get. Reading runs ahead
-    by `data.prefetch_batches` in threads (0: none), or in `data.num_workers` processes. Close the iterator after use.
+    by `data.prefetch_batches` (0: none), in `data.num_threads` threads or `data.num_workers` processes. Close the
+    iterator after use.
 
     Args:
       mixture: rows of tokens, each with the share of the windows that it gives (see `data.order`).
@@ -47,7 +45,7 @@ def train_batches(
     source = TrainBatches(mixture, data, eod_id, start_step, host_index, num_hosts)
     if data.num_workers:
         return read_in_processes(source, data.num_workers, data.prefetch_batches)
-    return _read_in_threads(source, data.prefetch_batches)
+    return _read_in_threads(source, data)
 
 
 def eval_batches(
@@ -81,7 +79,7 @@ def eval_batches(
     """
     _check_hosts(data, num_hosts)
     rows = np.arange(data.batch_size // num_hosts, dtype=np.int64) + host_index * data.batch_size // num_hosts
-    return _read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data.prefetch_batches)
+    return _read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data)
 
 
 def _check_hosts(data: ConfigDict, num_hosts: int) -> None:
@@ -89,6 +87,7 @@ def _check_hosts(data: ConfigDict, num_hosts: int) -> None:
         raise UserError(f"data.batch_size = {data.batch_size} is not a multiple of the {num_hosts} hosts that share it")
 
 
-def _read_in_threads(source: TrainBatches | EvalBatches, ahead: int) -> Iterator[Batch]:
-    options = grain.ReadOptions(num_threads=min(ahead, _MAX_THREADS), prefetch_buffer_size=ahead)
+def _read_in_threads(source: TrainBatches | EvalBatches, data: ConfigDict) -> Iterator[Batch]:
+    num_threads = data.num_threads if data.prefetch_batches else 0
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=data.prefetch_batches)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))

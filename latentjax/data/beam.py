@@ -28,8 +28,8 @@ def beam_tasks(runner: str, options: str, num_workers: int) -> RunTasks:
       UserError: apache-beam is not installed, or an option is unknown to it.
     """
     try:
-        import apache_beam  # noqa: F401, PLC0415  (an extra, and slow to import)
-        from apache_beam.options.pipeline_options import PipelineOptions  # noqa: PLC0415
+        import apache_beam  # noqa: F401  (an extra, and slow to import)
+        from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError("--beam_runner needs Apache Beam: pip install 'latentjax[beam]'") from error
     arguments = [f"--runner={runner}", *shlex.split(options)]
@@ -47,7 +47,7 @@ def beam_tasks(runner: str, options: str, num_workers: int) -> RunTasks:
 
 
 def _run(options, job: Job, tasks: Sequence[Task], stage: Stage) -> None:
-    import apache_beam as beam  # noqa: PLC0415
+    import apache_beam as beam
 
     pipeline = beam.Pipeline(options=options)
     # Shuffled between, so that the runner spreads the tasks instead of fusing them into one step on one worker.

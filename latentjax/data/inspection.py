@@ -49,8 +49,9 @@ def describe(facts: dict) -> str:
     ]
     for name, split in facts["splits"].items():
         lines.append(
-            f"  {name:<12} {split['tokens']:,} tokens, {split['documents']:,} documents, {split['bytes'] / 1e6:,.1f} MB "
-            f"of text; {split['shards']:,} shards of {facts['dtype']}, {split['shard_bytes'] / 1e6:,.1f} MB"
+            f"  {name:<12} {split['tokens']:,} tokens, {split['documents']:,} documents, "
+            f"{split['bytes'] / 1e6:,.1f} MB of text; "
+            f"{split['shards']:,} shards of {facts['dtype']}, {split['shard_bytes'] / 1e6:,.1f} MB"
         )
     lines.append("  made with    " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     for name, sample in facts["samples"].items():

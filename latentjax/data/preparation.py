@@ -114,7 +114,8 @@ def claim(output: OutputDirectory, recipe: str) -> bool:
         )
     if foreign := [name for name in output.names() if not (name.startswith(".") and name.endswith(".tmp"))]:
         raise UserError(
-            f"the output {output.path} is in use, and not by a token store (it holds {foreign[0]}): choose another place"
+            f"the output {output.path} is in use, and not by a token store (it holds {foreign[0]}): choose another "
+            "place"
         )
     return False
 

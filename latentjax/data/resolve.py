@@ -145,8 +145,8 @@ def given_tokenizer(data: ConfigDict) -> Tokenizer:
         return ByteTokenizer()
     if data.tokenizer == TRAINED:
         raise UserError(
-            f"data.tokenizer={TRAINED} is trained on raw text, and this data is tokenised already: give the path of the "
-            "tokenizer that it was made with (tokenizer.json, tokenizer.model or a directory that holds one)"
+            f"data.tokenizer={TRAINED} is trained on raw text, and this data is tokenised already: give the path of "
+            "the tokenizer that it was made with (tokenizer.json, tokenizer.model or a directory that holds one)"
         )
     return read_tokenizer(data.tokenizer, data.eod_token)
 

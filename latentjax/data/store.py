@@ -44,7 +44,9 @@ class TokenSplit(TokenRow):
         self.num_bytes = int(description["bytes"])  # of UTF-8 text
         self.num_documents = int(description["documents"])
         self.shards = tuple(Shard(**shard) for shard in description["shards"])
-        self._readers = [ShardReader(directory / shard.name, shard.tokens, dtype, block_tokens) for shard in self.shards]
+        self._readers = [
+            ShardReader(directory / shard.name, shard.tokens, dtype, block_tokens) for shard in self.shards
+        ]
         self._begins = np.cumsum([0] + [shard.tokens for shard in self.shards], dtype=np.int64)
         if self._begins[-1] != self.num_tokens or not all(shard.tokens > 0 for shard in self.shards):
             raise ValueError(f"the shards of {name} do not add up to its {self.num_tokens} tokens")
@@ -77,8 +79,8 @@ class TokenStore:
         """Opens a store: reads its manifest and checks that every shard is there in full length.
 
         Raises:
-          UserError: no store there, one that is not finished, a manifest that is damaged or of another format, a missing
-            or truncated shard.
+          UserError: no store there, one that is not finished, a manifest that is damaged or of another format, a
+            missing or truncated shard.
         """
         self.path = Path(path).expanduser()
         self.manifest = _read_manifest(self.path / MANIFEST_FILE)
@@ -132,14 +134,16 @@ class TokenStore:
         damaged = [shard.name for shard in self.shards if hash_file(self.path / shard.name, advance) != shard.sha256]
         if damaged:
             raise UserError(
-                f"{len(damaged)} of {len(self.shards)} shards of the token store {self.path} are damaged (their SHA-256 "
-                f"differs): {', '.join(damaged)}; restore them from a copy, or remove the store and prepare it again"
+                f"{len(damaged)} of {len(self.shards)} shards of the token store {self.path} are damaged (their "
+                f"SHA-256 differs): {', '.join(damaged)}; restore them from a copy, or remove the store and prepare it "
+                "again"
             )
 
 
 def is_store(path: Path) -> bool:
     """Whether `path` is a directory that is, or was meant to be, a token store (and not a raw corpus)."""
-    return any((path / name).is_file() for name in (MANIFEST_FILE, PLAN_FILE)) or any(path.glob(f"train-*{SHARD_SUFFIX}"))
+    patterns = (MANIFEST_FILE, PLAN_FILE, f"train-*{SHARD_SUFFIX}")
+    return any(any(path.glob(pattern)) for pattern in patterns)
 
 
 def hash_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:

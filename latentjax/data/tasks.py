@@ -94,7 +94,8 @@ class TaskRecord:
     units: int = 0  # bytes of text, or ids of a tokenised corpus
     lowest_hash: int | None = None
     highest_hash: int | None = None
-    lengths: dict[str, int] = field(default_factory=dict)  # by number of binary digits: documents that begin and end here
+    # Documents that begin and end here, by the number of binary digits of their length.
+    lengths: dict[str, int] = field(default_factory=dict)
     head: int | None = None  # tokens of a document that began in an earlier task and ends here
     tail: int = 0  # tokens, at the end, of a document that goes on in the next task
     malformed: int = 0

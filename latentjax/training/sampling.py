@@ -56,5 +56,5 @@ def sample_text(
         continuation = row[length : length + train.sample_tokens].tolist()
         if tokenizer.eod_id in continuation:
             continuation = continuation[: continuation.index(tokenizer.eod_id)]
-        texts.append((prompt, tokenizer.decode(continuation)))
+        texts.append((prompt, tokenizer.decode(continuation, continued=True)))
     return texts

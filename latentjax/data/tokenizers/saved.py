@@ -40,8 +40,8 @@ def read_tokenizer(path: str | Path, eod_token: str = "") -> Tokenizer:
         else "is not there"
     )
     raise UserError(
-        f"cannot read the tokenizer {path}: it {found}; name a sentencepiece .model file, a {TOKENIZER_FILE} or a "
-        "directory with one of them"
+        f"cannot read the tokenizer {path!r}: it {found}; a tokenizer is bytes, sentencepiece (trained on the corpus), "
+        f"a sentencepiece .model file, a {TOKENIZER_FILE} or a directory with one of them"
     )
 
 
