@@ -1,5 +1,6 @@
 """Text files: read whole and in spans, plain and compressed."""
 
+import dataclasses
 import gzip
 import itertools
 import random
@@ -240,6 +241,33 @@ def test_spans_read_in_order_decompress_a_file_once(tmp_path, small_limits, monk
     items = [item for span in spans for item in corpus.read(span)]
     assert joined(items) == [LINES * 20]
     assert next(opened) == 2  # the first span's, and one look at the beginning for the later ones
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("step", [2, 3, 7])
+def test_spans_shared_out_among_workers_decompress_a_file_once_each(tmp_path, small_limits, monkeypatch, name, step):
+    """A worker gets only some of the spans; it reads on to the next of them, and finds what a fresh one would."""
+    content = "".join(f'{{"text": "line {n}, {n * 7919 % 10007}"}}\n' for n in range(2000))
+    path = write(tmp_path / name, content, ".zst")
+    corpus = open_corpus(path)
+    spans = corpus.spans(500)
+    assert len(spans) > 70
+
+    def without_input_bytes(items):
+        return [dataclasses.replace(item, input_bytes=0) for item in items]
+
+    fresh = []
+    for span in spans:
+        compressed._kept.clear()
+        fresh.append(without_input_bytes(corpus.read(span)))
+    compressed._kept.clear()
+    opened = itertools.count()
+    whole = compressed.Content.__init__
+    monkeypatch.setattr(compressed.Content, "__init__", lambda self, *more: next(opened) < 0 or whole(self, *more))
+    for worker in range(step):
+        for span, items in list(zip(spans, fresh, strict=True))[worker::step]:
+            assert without_input_bytes(corpus.read(span)) == items
+    assert next(opened) <= 2 * step  # a worker's own, and (of text) a look at the beginning
 
 
 def test_a_stream_of_the_parent_process_is_not_gone_on_with(tmp_path, small_limits, monkeypatch):

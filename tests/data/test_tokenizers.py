@@ -193,7 +193,7 @@ def test_damaged_and_missing_tokenizers_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has neither tokenizer.json nor tokenizer.model"):
         read_tokenizer(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match="notes.txt: it is another file; name a sentencepiece"):
+    with pytest.raises(UserError, match="notes.txt': it is another file; a tokenizer is bytes, sentencepiece"):
         read_tokenizer(tmp_path / "notes.txt")
     (tmp_path / "noise.model").write_bytes(b"\x07noise" * 9)
     with pytest.raises(UserError, match="noise.model is not a sentencepiece model"):

@@ -1,7 +1,7 @@
 """The content of a file, plain or compressed (gzip, Zstandard), read forward from any place.
 
-A compressed file can only be read from its beginning. So the stream that a span was read from is kept, in the state
-that the span behind it begins with: a process that reads the spans of a file in order decompresses it once.
+A compressed file can only be read from its beginning. So the stream that a span was read from is kept, and goes on
+from there: a process that reads spans of a file in order, even if it is not all of them, decompresses it once.
 """
 
 import gzip
@@ -58,6 +58,10 @@ class Content:
                 self.position, self.line = position, None
             return
         self._content = io.BufferedReader(_Decompressed(self._file, self._kind, file.path), _STEP)
+        self.skip_to(position)
+
+    def skip_to(self, position: int) -> None:
+        """Reads on to a later `position` (or the end) and counts the lines on the way; as `read`."""
         while self.position < position and (data := self.read(min(_STEP, position - self.position))):
             self.line += data.count(b"\n")
 
@@ -101,14 +105,32 @@ class Content:
         self._file.close()
 
 
-# The stream that a span was read from last, by process, file and the place where that span ends. A forked process must
-# not go on with its parent's: they would share one position in the file.
-_kept: dict[tuple[int, str, str, int], Content] = {}
+# The stream that a span was read from last, and the place where that span ends, by process and file. A forked process
+# must not go on with its parent's: they would share one position in the file.
+_kept: dict[tuple[int, str, str], tuple[int, Content]] = {}
 
 
 def resume(file: CorpusFile, start: int) -> Content | None:
     """Returns the content as the span that ends at `start` left it, if that was the last one read in this process."""
-    return _kept.pop(_key(file, start), None)
+    stop, content = _kept.get(_key(file), (None, None))
+    if stop != start:
+        return None
+    del _kept[_key(file)]
+    return content
+
+
+def open_at(file: CorpusFile, position: int) -> Content:
+    """Returns the content from `position` on; of a compressed file by reading on from an earlier span, if one was read.
+
+    Raises:
+      UserError: the file cannot be read, or is damaged.
+    """
+    _, content = _kept.get(_key(file), (None, None))
+    if content is None or compression_of(file.path) is None or content.position > position:
+        return Content(file, position)
+    del _kept[_key(file)]
+    content.skip_to(position)
+    return content
 
 
 def leave(file: CorpusFile, stop: int, content: Content) -> None:
@@ -118,14 +140,14 @@ def leave(file: CorpusFile, stop: int, content: Content) -> None:
         return
     kept = list(_kept.items())
     _kept.clear()
-    for (process, *_), other in kept:
+    for (process, *_), (_, other) in kept:
         if process == os.getpid():
             other.close()
-    _kept[_key(file, stop)] = content
+    _kept[_key(file)] = stop, content
 
 
-def _key(file: CorpusFile, place: int) -> tuple[int, str, str, int]:
-    return os.getpid(), file.path, file.stamp, place
+def _key(file: CorpusFile) -> tuple[int, str, str]:
+    return os.getpid(), file.path, file.stamp
 
 
 def plan_by_bytes(number: int, file: CorpusFile, span_bytes: int, whole_bytes: int) -> list[Span]:

@@ -16,7 +16,7 @@ from latentjax.data.readers.base import (
     pieces_of_ids,
     pieces_of_text,
 )
-from latentjax.data.readers.compressed import Content, compression_of, leave, plan_by_bytes, resume
+from latentjax.data.readers.compressed import Content, compression_of, leave, open_at, plan_by_bytes, resume
 from latentjax.data.readers.long_lines import pieces_of_long_line
 from latentjax.data.readers.text import count_line_breaks
 from latentjax.data.readers.values import BadDocument, ids_of, text_of
@@ -142,7 +142,7 @@ def _open_at_line(file: CorpusFile, start: int) -> Content:
     """Opens a file at the first line that begins at `start` or behind it."""
     if start == 0:
         return Content(file)
-    content = Content(file, start - 1)
+    content = open_at(file, start - 1)
     while (part := content.readline(_CHUNK_BYTES)) and not part.endswith(b"\n"):
         pass
     if content.line is not None:

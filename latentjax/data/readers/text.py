@@ -17,7 +17,7 @@ from latentjax.data.readers.base import (
     clean_cut,
     hash_of,
 )
-from latentjax.data.readers.compressed import Content, leave, plan_by_bytes, resume
+from latentjax.data.readers.compressed import Content, leave, open_at, plan_by_bytes, resume
 from latentjax.errors import UserError
 
 # A file up to this size is one span, however small spans are asked for.
@@ -197,7 +197,7 @@ def _chunks(content: Content, stop: int) -> Iterator[bytes]:
 
 def _open_at_boundary(file: CorpusFile, start: int) -> Content:
     """Opens a file at the boundary that belongs to `start`: where the span before it, read elsewhere, leaves off."""
-    content = Content(file, start - _BEFORE)
+    content = open_at(file, start - _BEFORE)
     window = content.read(_BEFORE + SEARCHED_BYTES)
     content.unread(window[_boundary_in(window) :])
     return content
