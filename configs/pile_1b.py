@@ -3,10 +3,10 @@
 Paper: "Pretraining LLM with Latent Thoughts in Continuous Space", arXiv 2509.23184. Its claim for this recipe: the
 1.4B model with one latent thought beats the vanilla 2.8B one, which costs as much per generated token.
 
-Data: the Pile, tokenised once. JSON lines with the text in the field `text`, in a directory:
+Data: the Pile, tokenised once with GPT-NeoX's tokenizer (a local copy will do). On many machines: docs/data.md.
 
-    python -m latentjax.prepare --input /data/pile --include '**/*.jsonl' --tokenizer sentencepiece \
-        --vocab_size 50304 --output data/pile --num_workers 32
+    python -m latentjax.prepare --input '/data/pile/train/*.jsonl.zst' --output data/pile --num_workers 32 \
+        --tokenizer hf://EleutherAI/gpt-neox-20b/tokenizer.json
 
 Training:
 

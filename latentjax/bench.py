@@ -13,13 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentjax.command_line import LineParser
-from latentjax.data.benchmark import (
-    as_json,
-    benchmark_memory,
-    benchmark_reading,
-    benchmark_tokenising,
-    write_store,
-)
 from latentjax.data.progress import Progress
 from latentjax.errors import UserError, run_verb
 
@@ -32,13 +25,13 @@ def _parser() -> LineParser:
         allow_abbrev=False,
     )
     parser.add_argument("part", choices=("data",), help="data: preparing stores and reading batches from them")
-    parser.add_argument("--text_megabytes", type=int, default=200, help="text to tokenise")
+    parser.add_argument("--text_megabytes", type=int, default=100, help="text to tokenise")
     parser.add_argument("--store_megabytes", type=int, default=2000, help="size of the store to read")
     parser.add_argument("--tokenizer", default="", help="path of one to measure instead of two trained here")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenise")
     parser.add_argument("--sequence_length", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--batch_size", type=int, default=32, help="windows of a batch")
-    parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured, in turns")
+    parser.add_argument("--rounds", type=int, default=5, help="times that everything is measured, in turns")
     parser.add_argument("--directory", type=Path, help="where to put files; unset: a temporary directory")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
@@ -54,6 +47,9 @@ def main(argv: Sequence[str]) -> int:
     for name in ("text_megabytes", "store_megabytes", "num_workers", "sequence_length", "batch_size", "rounds"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(flags, name)}")
+    # Here and not above: the processes that are measured import this module too.
+    from latentjax.data.benchmark import as_json, benchmark_memory, benchmark_reading, benchmark_tokenising, write_store
+
     progress, sources = Progress(True), Path(sysconfig.get_path("stdlib"))
     if flags.directory is not None:
         flags.directory.mkdir(parents=True, exist_ok=True)

@@ -27,17 +27,22 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--config", required=True, help="a recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT")
     parser.add_argument("--workdir", type=Path, help="the run's directory (default: runs/NAME, or runs/NAME-ARGUMENT)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where several are started by hand")
+    parser.add_argument("--num_processes", type=int, help="with --coordinator: how many there are")
+    parser.add_argument("--process_id", type=int, help="with --coordinator: which of them this is, from 0")
     arguments, overrides = split_overrides(argv)
     flags = parser.parse_args(arguments)
     config = config_lib.load(flags.config, overrides)
-    # Here and not above: processes that read data import this module too, and have no use for jax.
-    from latentjax.validation import validate
-
-    validate(config)
     recipe, _, argument = flags.config.partition(":")
     workdir = flags.workdir or Path("runs") / "-".join(filter(None, (Path(recipe).stem, argument)))
 
-    # Here and not above, so that a mistake is answered at once: these take seconds to import.
+    # Here and not above: processes that read data import this module too, and have no use for jax.
+    from latentjax.training import processes
+
+    processes.start(flags.coordinator, flags.num_processes, flags.process_id)  # before jax looks for devices
+    from latentjax.validation import validate
+
+    validate(config)
     from latentjax.training.loop import train
     from latentjax.training.signals import StopRequest
 
@@ -45,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     summary = train(config, workdir, stop)
     if summary is None:
         return stop.exit_status
+    if not processes.is_first():
+        return 0
     scores = f"loss {summary['loss']:.4f}; "
     if "eval_loss" in summary:
         scores = f"held-out loss {summary['eval_loss']:.4f}, {summary['eval_bits_per_byte']:.4f} bits per byte; "

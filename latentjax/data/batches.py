@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from latentjax.data.reading_processes import read_in_processes
 from latentjax.data.row import TokenRow
 from latentjax.data.windows import Batch, EvalBatches, TrainBatches
-from latentjax.errors import UserError
 
 
 def train_batches(
@@ -18,31 +17,29 @@ def train_batches(
     *,
     eod_id: int,
     start_step: int,
-    host_index: int = 0,
-    num_hosts: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Iterates over this host's rows of the global batches `start_step`, `start_step + 1`, ... without end.
+    """Iterates over this process's rows of the global batches `start_step`, `start_step + 1`, ... without end.
 
-    Every batch is a function of the rows, `data` and its step alone; beginning at any step costs the same. With H
-    hosts, host h gets rows [h B/H, (h+1) B/H) of the same global batch that a single host would get. Reading runs ahead
-    by `data.prefetch_batches` (0: none), in `data.num_threads` threads or `data.num_workers` processes. Close the
-    iterator after use.
+    Every batch is a function of the mixture, `data` and its step alone, whoever reads which rows of it; beginning at
+    any step costs the same. Reading runs ahead by `data.prefetch_batches` (0: none), in `data.num_threads` threads or
+    `data.num_workers` processes. Close the iterator after use.
 
     Args:
       mixture: rows of tokens, each with the share of the windows that it gives (see `data.order`).
       data: the `data` group of a config.
       eod_id: the end-of-document id of all of them.
+      rows: (n,) int64, the rows of the global batch to read; None: all B.
 
     Yields:
-      tokens (B/H, T+1) int32, loss_weights (B/H, T) float32, and with `data.mask_documents` segment_ids and positions
-      (B/H, T) int32; see `document_layout`.
+      tokens (n, T+1) int32, loss_weights (n, T) float32, and with `data.mask_documents` segment_ids and positions
+      (n, T) int32; see `document_layout`.
 
     Raises:
-      UserError: fewer tokens than one window, or B is not a multiple of the number of hosts; when iterated, whatever
-        `TokenRow.read_windows` raises, wherever it was read.
+      UserError: fewer tokens than one window; when iterated, whatever `TokenRow.read_windows` raises, wherever it was
+        read.
     """
-    _check_hosts(data, num_hosts)
-    source = TrainBatches(mixture, data, eod_id, start_step, host_index, num_hosts)
+    source = TrainBatches(mixture, data, eod_id, start_step, _all_rows(data) if rows is None else rows)
     if data.num_workers:
         return read_in_processes(source, data.num_workers, data.prefetch_batches)
     return _read_in_threads(source, data)
@@ -55,10 +52,9 @@ def eval_batches(
     *,
     eod_id: int,
     bytes_per_id: np.ndarray,
-    host_index: int = 0,
-    num_hosts: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Iterates over this host's rows of up to `num_batches` batches of a row: the same for every run.
+    """Iterates over this process's rows of up to `num_batches` batches of a row: the same for every run.
 
     The windows are spread evenly over the row, in its order. Where it has fewer than asked, all are used, and the
     last batch is filled up with rows of weight 0, so that all batches have one shape.
@@ -69,22 +65,21 @@ def eval_batches(
       num_batches: at least 1.
       eod_id: the end-of-document id.
       bytes_per_id: (V,) the bytes of text that each id stands for.
+      rows: (n,) int64, the rows of the global batch to read; None: all B.
 
     Yields:
-      what `train_batches` does, and target_bytes (B/H, T) int32: the bytes of text that each target stands for, 0
+      what `train_batches` does, and target_bytes (n, T) int32: the bytes of text that each target stands for, 0
       where the loss weight is 0, so that loss / target_bytes, both summed, is in nats per byte of the same text.
 
     Raises:
       UserError: as `train_batches`.
     """
-    _check_hosts(data, num_hosts)
-    rows = np.arange(data.batch_size // num_hosts, dtype=np.int64) + host_index * data.batch_size // num_hosts
+    rows = _all_rows(data) if rows is None else rows
     return _read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data)
 
 
-def _check_hosts(data: ConfigDict, num_hosts: int) -> None:
-    if data.batch_size % num_hosts:
-        raise UserError(f"data.batch_size = {data.batch_size} is not a multiple of the {num_hosts} hosts that share it")
+def _all_rows(data: ConfigDict) -> np.ndarray:
+    return np.arange(data.batch_size, dtype=np.int64)
 
 
 def _read_in_threads(source: TrainBatches | EvalBatches, data: ConfigDict) -> Iterator[Batch]:

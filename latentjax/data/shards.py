@@ -104,9 +104,9 @@ class _Scratch(threading.local):
     """What a thread reads a record into, again and again."""
 
     def __init__(self, dtype: np.dtype, block_tokens: int):
-        self.checksum, self.header = bytearray(_CHECKSUM_BYTES), bytearray(_RIEGELI_BLOCK_HEADER)
-        self.bytes = memoryview(bytearray(block_tokens * dtype.itemsize))
-        self.tokens = np.frombuffer(self.bytes, dtype)
+        data = memoryview(bytearray(block_tokens * dtype.itemsize))
+        # The checksum, the tokens as bytes and as tokens. One attribute: a thread's own are slow to look up.
+        self.buffers = bytearray(_CHECKSUM_BYTES), data, np.frombuffer(data, dtype)
 
 
 class ShardReader:
@@ -141,30 +141,29 @@ class ShardReader:
           UserError: the file is missing or damaged.
         """
         block, skip = divmod(offset, self._block_tokens)
-        tokens = self._read(block)
-        part = tokens[skip : skip + len(window)]
+        part = self._read(block)[skip : skip + len(window)]
         count = len(part)
         window[:count] = part
         return count
 
     def _read(self, block: int) -> np.ndarray:
         """Returns the tokens of a block, in memory that is this thread's until its next call."""
-        scratch = self._scratch
-        data, tokens = scratch.bytes, scratch.tokens
+        checksum, data, tokens = self._scratch.buffers
         if block == self._last:
             tokens = tokens[: self._last_tokens]
             data = data[: tokens.nbytes]
         place = _FIRST_RECORD + block * self._stride
         place += _RIEGELI_BLOCK_HEADER * (1 + place // _RIEGELI_CONTENT)
-        parts = [scratch.checksum, data]
-        expected = _CHECKSUM_BYTES + len(data)
-        until_header = _RIEGELI_BLOCK - place % _RIEGELI_BLOCK - _CHECKSUM_BYTES
-        if until_header < 0:
-            return self._read_by_library(block, len(data))  # the checksum itself is torn; one block in thousands
-        if until_header < len(data):
-            parts = [scratch.checksum, data[:until_header]]
-            for start in range(until_header, len(data), _RIEGELI_CONTENT):
-                parts += [scratch.header, data[start : start + _RIEGELI_CONTENT]]
+        size = len(data)
+        parts, expected = (checksum, data), _CHECKSUM_BYTES + size
+        until_header = _RIEGELI_BLOCK - _CHECKSUM_BYTES - place % _RIEGELI_BLOCK
+        if until_header < size:
+            if until_header < 0:
+                return self._read_by_library(block, size)  # the checksum itself is torn; one block in thousands
+            header = bytearray(_RIEGELI_BLOCK_HEADER)
+            parts = [checksum, data[:until_header]]
+            for start in range(until_header, size, _RIEGELI_CONTENT):
+                parts += [header, data[start : start + _RIEGELI_CONTENT]]
                 expected += _RIEGELI_BLOCK_HEADER
         if self._descriptor is None:
             self._open()
@@ -172,8 +171,8 @@ class ShardReader:
             count = os.preadv(self._descriptor, parts, place)
         except OSError as error:
             raise self._damaged(error.strerror) from error
-        if count != expected or xxh3_64_digest(data, block) != scratch.checksum:
-            return self._read_by_library(block, len(data))
+        if count != expected or xxh3_64_digest(data, block) != checksum:
+            return self._read_by_library(block, size)
         return tokens
 
     def _open(self) -> None:

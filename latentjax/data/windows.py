@@ -50,7 +50,7 @@ class Windows:
 
 
 class TrainBatches:
-    """One host's rows of the training batches from `start_step` on, as a random-access source that can be pickled."""
+    """Some rows of the training batches from `start_step` on, as a random-access source that can be pickled."""
 
     def __init__(
         self,
@@ -58,15 +58,14 @@ class TrainBatches:
         data: ConfigDict,
         eod_id: int,
         start_step: int,
-        host_index: int,
-        num_hosts: int,
+        rows: np.ndarray,
     ):
         self._components = [Windows(row, data.sequence_length) for row, _ in mixture]
         weights = [weight for _, weight in mixture]
         self._order = Order([len(each) for each in self._components], weights, seed=data.seed, shuffle=data.shuffle)
         self._start_step, self._batch_size = start_step, data.batch_size
         self._located: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._rows = np.arange(data.batch_size // num_hosts, dtype=np.int64) + host_index * data.batch_size // num_hosts
+        self._rows = rows
         self._shape = (len(self._rows), data.sequence_length + 1)
         self._eod_id, self._mask_documents = eod_id, data.mask_documents
 
@@ -99,7 +98,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """One host's rows of the batches of an evaluation, as a random-access source."""
+    """Some rows of the batches of an evaluation, as a random-access source."""
 
     def __init__(
         self, row: TokenRow, data: ConfigDict, num_batches: int, eod_id: int, bytes_per_id: np.ndarray, rows: np.ndarray

@@ -1,13 +1,10 @@
 """Evaluation on held-out text."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
-from latentjax.training.feeding import put_ahead
+import jax
 
 EVALUATION_KEYS = ("eval_loss", "eval_bits_per_byte", "thought_residual")
 
@@ -15,23 +12,21 @@ EVALUATION_KEYS = ("eval_loss", "eval_bits_per_byte", "thought_residual")
 def evaluate(
     eval_step: Callable,
     params: Any,
-    batches_of_sets: Mapping[str, Iterable[dict[str, np.ndarray]]],
-    mesh: Mesh,
-    ahead: int = 0,
+    batches_of_sets: Mapping[str, Iterable[dict[str, jax.Array]]],
 ) -> dict[str, float]:
     """Averages over batches of held-out windows, of one or more sets.
 
     Args:
       eval_step: (params, batch) -> sums, see `training.step.make_eval_step`.
-      batches_of_sets: by name; with `target_bytes` (B, T): how many bytes of text each target stands for.
-      ahead: batches put onto the devices ahead of the step.
+      batches_of_sets: by name, on the devices; with `target_bytes` (B, T): how many bytes of text each target stands
+        for.
 
     Returns:
       `eval_loss` in nats per token; `eval_bits_per_byte`, which does not depend on the tokenizer; and, for methods
       that iterate, `thought_residual`: the relative RMS change of the thoughts in the last refinement pass. All are
       over the tokens of all sets together. With more than one set, also `eval_loss/NAME` and `eval_bits_per_byte/NAME`.
     """
-    steps_of_sets = {name: _steps(eval_step, params, batches, mesh, ahead) for name, batches in batches_of_sets.items()}
+    steps_of_sets = {name: [eval_step(params, batch) for batch in batches] for name, batches in batches_of_sets.items()}
     # Only now waited for, and then added in float64: the same whatever the number of batches in flight.
     sums_of_sets = {
         name: [{key: float(value) for key, value in each.items()} for each in steps]
@@ -46,21 +41,6 @@ def evaluate(
         for name, sums in sums_of_sets.items():
             results |= {f"{key}/{name}": value for key, value in _averages(sums).items()}
     return results
-
-
-def _steps(
-    eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, ahead: int
-) -> list[dict[str, Any]]:
-    """Sets the evaluation of each batch going; returns its sums, on the device, and the bytes of its text."""
-    text_bytes = []
-
-    def without_bytes() -> Iterator[dict[str, np.ndarray]]:
-        for batch in batches:
-            text_bytes.append(int(batch["target_bytes"].sum()))
-            yield {name: rows for name, rows in batch.items() if name != "target_bytes"}
-
-    sums = [eval_step(params, batch) for batch in put_ahead(without_bytes(), mesh, ahead)]
-    return [each | {"text_bytes": count} for each, count in zip(sums, text_bytes, strict=True)]
 
 
 def _averages(sums: list[dict[str, float]]) -> dict[str, float]:

@@ -12,7 +12,12 @@ from latentjax.training.mesh import put_batch
 
 
 def put_ahead(
-    batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, ahead: int, limit: int | None = None
+    batches: Iterator[dict[str, np.ndarray]],
+    mesh: Mesh,
+    ahead: int,
+    limit: int | None = None,
+    rows: np.ndarray | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Puts batches onto the devices before they are needed: transfers are asynchronous, and go on beside a step.
 
@@ -20,7 +25,7 @@ def put_ahead(
     was closed. An error in making a batch is raised where that batch was due, not before.
 
     Args:
-      batches: this host's rows, as `put_batch` takes them.
+      batches: this process's rows; `rows` and `batch_size` say which, as in `put_batch`.
       ahead: how many batches are on the devices besides the one that was given out last.
       limit: how many to take from `batches`; None: all.
 
@@ -32,7 +37,7 @@ def put_ahead(
     try:
         try:
             for batch in itertools.islice(batches, limit):
-                waiting.append(put_batch(batch, mesh))
+                waiting.append(put_batch(batch, mesh, rows, batch_size))
                 if len(waiting) > ahead:
                     yield waiting.popleft()
         except Exception as raised:

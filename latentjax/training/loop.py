@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latentjax.data.batches import eval_batches, train_batches
+from latentjax.data.row import TokenRow
 from latentjax.data.sources import Sources, open_sources
 from latentjax.errors import UserError
 from latentjax.models.attention import choose_backend
@@ -20,12 +21,12 @@ from latentjax.recurrence.base import Recurrence, RecurrenceSpec
 from latentjax.recurrence.draw import draw_jacobi_iterations
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
-from latentjax.training import programs, run_directory
+from latentjax.training import processes, programs, run_directory
 from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.evaluation import EVALUATION_KEYS, evaluate
 from latentjax.training.feeding import put_ahead
 from latentjax.training.flops import peak_flops, train_flops_per_token
-from latentjax.training.mesh import make_mesh
+from latentjax.training.mesh import make_mesh, rows_of_process
 from latentjax.training.metrics import MetricsLog
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.progress import TrainProgress
@@ -64,6 +65,7 @@ class Run:
             "step": step,
             "data_position": {"sequences": step * self.config.data.batch_size, "seed": self.config.data.seed},
             "seed": self.config.train.seed,
+            "tokenizer": self.sources.tokenizer.fingerprint,
             "wall_seconds": self.wall_seconds,
             "config": self.config.to_dict(),
             "versions": run_directory.package_versions(),
@@ -78,14 +80,14 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
       stop: entered for the steps and asked after each; when it says so the state is saved and None returned.
 
     Returns:
-      The summary that was written to summary.json, or None if it was stopped.
+      The summary that the first process has written to summary.json ({} in the others), or None if it was stopped.
 
     Raises:
       UserError: anything about data, mesh or directory that the user can mend.
     """
     run = prepare_run(config, workdir)
-    log = MetricsLog(workdir, run.start_step)
-    progress = TrainProgress(run.start_step, config.train.num_steps)
+    log = MetricsLog(workdir, run.start_step, writes=processes.is_first())
+    progress = TrainProgress(run.start_step, config.train.num_steps, shows=processes.is_first())
     try:
         # Until here nothing would be lost: signals did what they always do.
         with stop:
@@ -96,6 +98,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
         if step < config.train.num_steps:
             progress.note(f"saved step {step} to {workdir / 'checkpoints'}; the same command continues from there")
             return None
+        if not processes.is_first():
+            return {}
         summary = _summary(run, log)
         run_directory.write_summary(workdir, summary)
         return summary
@@ -106,7 +110,9 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
 
 def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
-    sources = open_sources(config.data, progress=True, needs_evaluation=config.train.eval_every_steps > 0)
+    sources = open_sources(
+        config.data, progress=processes.is_first(), needs_evaluation=config.train.eval_every_steps > 0
+    )
     if sources.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the data ({sources.description}) have a vocabulary of {sources.vocab_size}, larger than "
@@ -119,27 +125,31 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     programs.use_compilation_cache(config.train.compilation_cache)
     spec = ModelSpec(**config.model)
     model = LanguageModel(spec, RecurrenceSpec(**config.recurrence))
-    changes = run_directory.claim(workdir, config)
-    for change in changes:
-        print(f"config changed since the run was last started: {change}", flush=True)
+    for change in processes.on_first(lambda: run_directory.claim(workdir, config)) or ():
+        processes.say(f"config changed since the run was last started: {change}")
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     abstract = abstract_state(model, optimizer, mesh)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    print(
+    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    processes.say(
         f"{config.recurrence.method} {spec.architecture}, {num_params:,} parameters, on {mesh.size} "
-        f"{jax.devices()[0].device_kind} ({sizes}), attention by {choose_backend(spec.attention)}; "
-        f"{sources.description}",
-        flush=True,
+        f"{jax.devices()[0].device_kind}{hosts} ({sizes}), attention by {choose_backend(spec.attention)}; "
+        f"{sources.description}"
     )
     if checkpoints.latest_step is None:
         state, start_step, earlier_seconds = create_state(model, optimizer, mesh, config.train.seed), 0, 0.0
     else:
         state, notes = checkpoints.restore(abstract)
         start_step, earlier_seconds = int(notes["step"]), notes["wall_seconds"]
-        print(f"resuming after step {start_step} of {config.train.num_steps}", flush=True)
+        if notes["tokenizer"] != sources.tokenizer.fingerprint:
+            raise UserError(
+                f"the run in {workdir} was trained with another tokenizer than that of {sources.description}, so its "
+                "ids mean different text: give the data that it was begun with, or data prepared with that tokenizer"
+            )
+        processes.say(f"resuming after step {start_step} of {config.train.num_steps}")
 
     run = Run(
         config=config,
@@ -159,11 +169,11 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     if start_step < config.train.num_steps:
         began = time.monotonic()
         iterations = ", ".join(map(str, programs.distinct_iterations(model)))
-        print(f"compiling the step for R = {iterations}", flush=True)
+        processes.say(f"compiling the step for R = {iterations}")
         run.train_steps = programs.compile_train_steps(config, model, mesh, abstract)
         if config.train.eval_every_steps:
             run.eval_step = programs.compile_eval_step(config, model, mesh, abstract)
-        print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
+        processes.say(f"compiled in {time.monotonic() - began:.1f} s")
     return run
 
 
@@ -175,7 +185,8 @@ def _steps(
     recorder = _Recorder(run, log, progress)
     state, step = run.state, run.start_step
     run.state = None  # the first step takes its memory over
-    while step < train.num_steps and not stop.requested:
+    agreement = processes.StopAgreement(run.mesh, stop)
+    while step < train.num_steps and not agreement.reached():
         num_iterations = 0
         if run.recurrence.uses_jacobi_iterations:
             num_iterations = draw_jacobi_iterations(config.recurrence.train_jacobi_iterations, train.seed, step)
@@ -193,49 +204,46 @@ def _steps(
         saves = last or step % config.checkpoint.every_steps == 0
         if last or step % train.log_every_steps == 0 or evaluates:
             recorder.note(step, num_iterations, metrics)
-        if not (evaluates or samples or saves or stop.requested):
+        if not (evaluates or samples or saves):
             continue
         # The log first: a checkpoint whose metrics are lost would leave a hole that no restart fills.
         recorder.write((lambda params=state.params: _evaluate(run, params)) if evaluates else None)
         if samples:
             log.write_samples(step, sample_text(run.model, state.params, run.sources.tokenizer, config, step))
-        if saves or stop.requested:
+        if saves:
             log.sync()
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
         recorder.restart_clock()
-    recorder.write()  # of the last step, where the signal came behind the checks above
+    recorder.write()  # of the last step before a signal
     log.sync()
     return state, step
 
 
 def _train_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
     """The batches from the run's first step to its last, on the devices."""
-    batches = train_batches(
-        run.sources.train,
-        run.config.data,
-        eod_id=run.sources.eod_id,
-        start_step=run.start_step,
-        host_index=jax.process_index(),
-        num_hosts=jax.process_count(),
-    )
+    data = run.config.data
+    rows = rows_of_process(run.mesh, data.batch_size)
+    batches = train_batches(run.sources.train, data, eod_id=run.sources.eod_id, start_step=run.start_step, rows=rows)
     limit = run.config.train.num_steps - run.start_step
-    return put_ahead(batches, run.mesh, run.config.data.device_prefetch, limit)
+    return put_ahead(batches, run.mesh, data.device_prefetch, limit, rows, data.batch_size)
 
 
 def _evaluate(run: Run, params: Any) -> dict[str, float]:
-    batches_of_sets = {
-        name: eval_batches(
+    data, sources = run.config.data, run.sources
+    rows = rows_of_process(run.mesh, data.batch_size)
+
+    def batches(row: TokenRow) -> Iterator[dict[str, jax.Array]]:
+        of_process = eval_batches(
             row,
-            run.config.data,
+            data,
             run.config.train.eval_batches,
-            eod_id=run.sources.eod_id,
-            bytes_per_id=run.sources.tokenizer.bytes_per_id,
-            host_index=jax.process_index(),
-            num_hosts=jax.process_count(),
+            eod_id=sources.eod_id,
+            bytes_per_id=sources.tokenizer.bytes_per_id,
+            rows=rows,
         )
-        for name, row in run.sources.eval_sets.items()
-    }
-    return evaluate(run.eval_step, params, batches_of_sets, run.mesh, run.config.data.device_prefetch)
+        return put_ahead(of_process, run.mesh, data.device_prefetch, rows=rows, batch_size=data.batch_size)
+
+    return evaluate(run.eval_step, params, {name: batches(row) for name, row in sources.eval_sets.items()})
 
 
 class _Recorder:

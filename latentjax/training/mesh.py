@@ -107,7 +107,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Turns this host's rows into global arrays, spread over the mesh."""
+def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Returns the rows of a global batch that this process's devices hold, each once, in order: (n,) int64.
+
+    Processes that differ only along the sequence and tensor axes hold the same rows.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = {row for (part,) in indices for row in range(*part.indices(batch_size))}
+    return np.array(sorted(rows), np.int64)
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, rows: np.ndarray | None = None, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Turns this process's rows into global arrays, spread over the mesh.
+
+    Args:
+      batch: arrays of (n, ...).
+      rows: (n,) which rows of the global batch these are, as `rows_of_process` has them, and `batch_size`, how many
+        there are in all; None: all of them.
+    """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    if rows is None:
+        return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+
+    def global_array(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            place = int(np.searchsorted(rows, start))
+            return array[place : place + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+
+    return {name: global_array(array) for name, array in batch.items()}

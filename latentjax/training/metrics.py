@@ -31,8 +31,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """The logs of a run, taken up again at the step that the run resumes from."""
 
-    def __init__(self, workdir: Path, start_step: int):
-        """Opens the logs and drops all that was written after `start_step`: those steps are about to be done again."""
+    def __init__(self, workdir: Path, start_step: int, writes: bool = True):
+        """Opens the logs and drops all that was written after `start_step`: those steps are about to be done again.
+
+        With `writes` false nothing is touched (all processes but the first).
+        """
+        self.last: dict[str, Any] = {}
+        self.last_evaluation: dict[str, Any] = {}
+        self._writes = writes
+        if not writes:
+            return
         self._path = workdir / "metrics.jsonl"
         self._samples_path = workdir / "samples.txt"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
@@ -40,12 +48,14 @@ class MetricsLog:
         self._cut_samples(start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
-        self.last: dict[str, Any] = kept[-1] if kept else {}
         evaluations = [line for line in kept if "eval_loss" in line]
-        self.last_evaluation: dict[str, Any] = evaluations[-1] if evaluations else {}
+        self.last = kept[-1] if kept else {}
+        self.last_evaluation = evaluations[-1] if evaluations else {}
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line, `step` among its keys; Python prints floats so that they read back exactly."""
+        if not self._writes:
+            return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for key, value in line.items():
@@ -57,10 +67,13 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Makes sure that all lines are on disk: a checkpoint must not know of steps that the log has lost."""
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
 
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Appends generated text, each a prompt and what follows it, to samples.txt and TensorBoard."""
+        if not self._writes:
+            return
         # Indented, so that no text can be taken for the header of a step.
         indented = [(prompt, f"{prompt}{text}".replace("\n", "\n    ")) for prompt, text in samples]
         body = "\n".join(f"--- {prompt!r}\n    {text}\n" for prompt, text in indented)
@@ -80,5 +93,6 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes all logs."""
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()

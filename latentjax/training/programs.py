@@ -94,6 +94,7 @@ def compile_eval_step(config: ConfigDict, model: LanguageModel, mesh: Mesh, stat
         num_jacobi_iterations=config.recurrence.num_jacobi_iterations,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
     )
+    batch = abstract_batch(config, mesh)
+    batch["target_bytes"] = jax.ShapeDtypeStruct(batch["loss_weights"].shape, jnp.int32, sharding=batch_sharding(mesh))
     with sharded_tracing(mesh):
-        lowered = jax.jit(evaluate, out_shardings=replicated(mesh)).lower(state.params, abstract_batch(config, mesh))
-        return lowered.compile()
+        return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(state.params, batch).compile()

@@ -9,11 +9,13 @@ from tqdm import tqdm
 class TrainProgress:
     """Counts steps up to `num_steps` and shows the newest metrics with the time left."""
 
-    def __init__(self, start_step: int, num_steps: int, stream: TextIO | None = None):
+    def __init__(self, start_step: int, num_steps: int, stream: TextIO | None = None, shows: bool = True):
+        """Begins at `start_step`; with `shows` false nothing is ever shown (all processes but the first)."""
+        self._shows = shows
         self._stream = stream or sys.stderr
         self._num_steps = num_steps
         self._bar = None
-        if self._stream.isatty():
+        if shows and self._stream.isatty():
             self._bar = tqdm(
                 total=num_steps,
                 initial=start_step,
@@ -39,6 +41,8 @@ class TrainProgress:
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
+        if not self._shows:
+            return
         if self._bar is None:
             print(text, file=self._stream, flush=True)
         else:

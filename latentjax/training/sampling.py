@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from latentjax.data.tokenizers.base import Tokenizer
@@ -51,6 +52,8 @@ def sample_text(
         train.sample_temperature,
         num_tokens=int(lengths_B.max()) + train.sample_tokens,
     )
+    if not tokens_BT.is_fully_addressable:
+        tokens_BT = multihost_utils.process_allgather(tokens_BT, tiled=True)
     texts = []
     for prompt, row, length in zip(train.sample_prompts, np.asarray(tokens_BT), lengths_B, strict=True):
         continuation = row[length : length + train.sample_tokens].tolist()

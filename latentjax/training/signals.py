@@ -33,6 +33,10 @@ class StopRequest:
             signal.signal(each, signal.SIG_DFL)
         print(f"\n{self.signal.name}: saving and leaving after this step; again to leave at once", file=sys.stderr)
 
+    def note_others(self) -> None:
+        """Takes note that another process was asked to stop, and so all of them do."""
+        self.signal = self.signal or signal.SIGTERM
+
     @property
     def requested(self) -> bool:
         """Whether a signal has come."""

@@ -59,13 +59,17 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], Metrics]:
     """Returns evaluate(params, batch) -> sums over the batch, float32 scalars.
 
-    `loss_sum` in nats and `weight_sum` give the loss; `thought_residual` is that of the last refinement pass, present
-    where the method has any.
+    `loss_sum` in nats and `weight_sum` give the loss; `text_bytes` (int32) is the sum of the batch's `target_bytes`;
+    `thought_residual` is that of the last refinement pass, present where the method has any.
     """
 
     def evaluate(params: Any, batch: Batch) -> Metrics:
         total, residual_R = summed_loss(model, params, batch, num_jacobi_iterations, loss_chunk_tokens)
-        sums = {"loss_sum": total, "weight_sum": jnp.sum(batch["loss_weights"])}
+        sums = {
+            "loss_sum": total,
+            "weight_sum": jnp.sum(batch["loss_weights"]),
+            "text_bytes": jnp.sum(batch["target_bytes"]),
+        }
         if residual_R is not None and residual_R.shape[0]:
             sums["thought_residual"] = residual_R[-1]
         return sums

@@ -38,10 +38,14 @@ def data():
     return data
 
 
+def rows_of_host(data, host_index, num_hosts):
+    share = data.batch_size // num_hosts
+    return np.arange(host_index * share, (host_index + 1) * share)
+
+
 def train(mixture, data, count, start_step=0, host_index=0, num_hosts=1):
-    batches = train_batches(
-        mixture, data, eod_id=EOD, start_step=start_step, host_index=host_index, num_hosts=num_hosts
-    )
+    rows = rows_of_host(data, host_index, num_hosts)
+    batches = train_batches(mixture, data, eod_id=EOD, start_step=start_step, rows=rows)
     try:
         return list(islice(batches, count))
     finally:
@@ -157,14 +161,13 @@ def test_any_step_is_as_near_as_the_first_and_reads_only_its_rows(data):
     assert len(set(earlier[:, 0].tolist())) == B and stream % B == 2
 
 
-def test_the_batch_must_divide_among_the_hosts(row, data):
-    data.batch_size = 4
-    for make in (
-        lambda: train([(row, 1.0)], data, 1, num_hosts=3),
-        lambda: eval_batches(row, data, 1, eod_id=EOD, bytes_per_id=np.ones(1000), num_hosts=3),
-    ):
-        with pytest.raises(UserError, match="data.batch_size = 4 is not a multiple of the 3 hosts"):
-            make()
+def test_rows_need_not_be_neighbours(mixture, data):
+    """As where the mesh deals a process's devices rows from all over the batch."""
+    rows = np.array([1, 2, 5])
+    batches = train_batches(mixture, data, eod_id=EOD, start_step=3, rows=rows)
+    (whole,) = train(mixture, data, 1, start_step=3)
+    assert_same(next(batches), {key: value[rows] for key, value in whole.items()})
+    batches.close()
 
 
 def test_what_is_wrong_with_the_rows_is_said_before_anything_is_read(row, data):
@@ -190,11 +193,8 @@ def test_damage_is_told_when_its_batch_is_due(data, num_workers):
 
 
 def evaluated(row, data, num_batches, bytes_per_id, host_index=0, num_hosts=1):
-    return list(
-        eval_batches(
-            row, data, num_batches, eod_id=EOD, bytes_per_id=bytes_per_id, host_index=host_index, num_hosts=num_hosts
-        )
-    )
+    rows = rows_of_host(data, host_index, num_hosts)
+    return list(eval_batches(row, data, num_batches, eod_id=EOD, bytes_per_id=bytes_per_id, rows=rows))
 
 
 @pytest.fixture

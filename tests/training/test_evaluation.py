@@ -1,5 +1,7 @@
 """Evaluation against sums written out from logits."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from tiny import language_model, params_of, tokens
 
 from latentjax.config import default
 from latentjax.training.evaluation import evaluate
+from latentjax.training.feeding import put_ahead
 from latentjax.training.mesh import make_mesh
 from latentjax.training.step import make_eval_step
 
@@ -20,9 +23,16 @@ def evaluated():
     config.data.batch_size = 2
     mesh = make_mesh(config, jax.devices()[:1])
     eval_step = jax.jit(make_eval_step(MODEL, num_jacobi_iterations=2, loss_chunk_tokens=0))
-    return lambda sets, ahead=0: evaluate(
-        eval_step, params_of(MODEL), {name: iter(batches) for name, batches in sets.items()}, mesh, ahead
-    )
+
+    def run(sets: dict[str, list[dict[str, np.ndarray]]], ahead: int = 0) -> dict[str, float]:
+        on_devices = {name: put_ahead(given(batches), mesh, ahead) for name, batches in sets.items()}
+        return evaluate(eval_step, params_of(MODEL), on_devices)
+
+    return run
+
+
+def given(batches: list[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    yield from batches
 
 
 def batches_of(seed: int, count: int) -> list[dict[str, np.ndarray]]:

@@ -79,6 +79,16 @@ def test_losses_do_not_depend_on_the_mesh(whole_run: Path, tmp_path: Path, mesh:
     np.testing.assert_allclose(losses(workdir), losses(reference), atol=1e-5)
 
 
+def test_a_run_keeps_its_tokenizer(tmp_path: Path):
+    vocabulary = ("model.vocab_size=400", "train.eval_every_steps=0", "train.sample_every_steps=0")
+    workdir = recipes.trained(tmp_path / "run", *vocabulary, "train.num_steps=1")
+    other = ("data.tokenizer=sentencepiece", "data.tokenizer_vocab_size=400")
+    result = recipes.run(workdir, *vocabulary, *other, "train.num_steps=2")
+    assert result.returncode == 2
+    assert "was trained with another tokenizer" in result.stderr.splitlines()[-1]
+    recipes.trained(workdir, *vocabulary, "train.num_steps=2")
+
+
 def test_a_run_moves_to_another_mesh(whole_run: Path, tmp_path: Path):
     """Half of the steps sharded over eight devices, the rest on one."""
     workdir = tmp_path / "run"

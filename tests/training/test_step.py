@@ -124,11 +124,13 @@ def test_eval_step_sums():
     """The sums give the batch's loss; the residual is that of the last refinement pass, if there is one."""
     params = trained()[1]
     batch = batch_at(7)
+    batch["target_bytes"] = np.arange(batch["loss_weights"].size, dtype=np.int32).reshape(batch["loss_weights"].shape)
     sums = {
         passes: jax.jit(make_eval_step(MODEL, num_jacobi_iterations=passes, loss_chunk_tokens=0))(params, batch)
         for passes in (0, 2)
     }
-    assert set(sums[0]) == {"loss_sum", "weight_sum"} and set(sums[2]) == {*sums[0], "thought_residual"}
+    assert int(sums[0]["text_bytes"]) == batch["target_bytes"].sum()
+    assert set(sums[0]) == {"loss_sum", "weight_sum", "text_bytes"} and set(sums[2]) == {*sums[0], "thought_residual"}
     assert float(sums[2]["weight_sum"]) == pytest.approx(float(batch["loss_weights"].sum()), rel=1e-6)
     hidden = jax.jit(functools.partial(MODEL.apply, num_jacobi_iterations=2, method="hidden"))
     _, residual_R = hidden({"params": params}, batch["tokens"][:, :-1])

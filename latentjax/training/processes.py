@@ -1,0 +1,144 @@
+"""Being one of several processes that together run one program: how they find each other, and what only one does.
+
+One process is the default. Several are started by what launches them (a TPU pod, Slurm, Open MPI), which tells each of
+them in its environment who the others are, or by explicit flags.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latentjax.errors import UserError
+from latentjax.training.signals import StopRequest
+
+Result = TypeVar("Result")
+
+# Number of processes of the step or job, as the launchers tell it. Slurm's is that of the step (`srun`): a script that
+# runs in an allocation without srun is one process.
+_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
+_MESSAGE_BYTES = 4096
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connects this process with the others, if there are any; before anything else is asked of jax.
+
+    Args:
+      coordinator: HOST:PORT of process 0, or None.
+      num_processes, process_id: how many there are, and which this is; None where the coordinator is.
+
+    Raises:
+      UserError: only some of the three are given, they make no sense, or the others cannot be reached.
+    """
+    explicit = (coordinator, num_processes, process_id)
+    if any(value is not None for value in explicit):
+        if None in explicit:
+            raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
+        if ":" not in coordinator:
+            raise UserError(f"--coordinator={coordinator} must be HOST:PORT of process 0")
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
+        _initialize(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+    elif launcher := next((name for key, name in _LAUNCHERS.items() if int(os.environ.get(key, 1)) > 1), None):
+        _initialize(launcher)
+    elif _is_on_tpu_pod():
+        _initialize("the TPU pod")
+
+
+def _initialize(launcher: str = "--coordinator", **arguments) -> None:
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot connect with the other processes, started by {launcher}: {reason}") from error
+
+
+def _is_on_tpu_pod() -> bool:
+    """Whether this machine is one of several TPU hosts; they are named in the environment or the machine's metadata."""
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+        return True
+    has_chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    return has_chips and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and _worker_endpoints_in_metadata() > 1
+
+
+def _worker_endpoints_in_metadata() -> int:
+    import urllib.request
+
+    request = urllib.request.Request(
+        "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=2) as answer:
+            return len(answer.read().decode().split(","))
+    except OSError:
+        return 1
+
+
+class StopAgreement:
+    """Whether to stop, asked once a step: of several processes all get the same answer at the same step."""
+
+    def __init__(self, mesh: Mesh, stop: StopRequest):
+        """Asks on behalf of `stop`, which may be told to stop in any of the processes that share the mesh."""
+        self._stop, self._mesh = stop, mesh
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._asked: jax.Array | None = None
+
+    def reached(self) -> bool:
+        """Returns whether some process was asked to stop; one step late where there are several.
+
+        They ask on their devices, behind the step under way, and read the answer to the question before: that one has
+        been there since the last step ended, so nobody waits.
+        """
+        if jax.process_count() == 1:
+            return self._stop.requested
+        own = np.full((1,), self._stop.requested, np.int32)  # of each device of this process
+        asked = jax.make_array_from_callback((self._mesh.size,), self._sharding, lambda place: own)
+        before, self._asked = self._asked, self._any(asked)
+        if before is None or not int(before):
+            return False
+        self._stop.note_others()
+        return True
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes logs and talks to people."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def on_first(action: Callable[[], Result]) -> Result | None:
+    """Does something in the first process while the others wait; its mistake is everyone's.
+
+    Returns:
+      what `action` returned, in the first process; None in the others.
+
+    Raises:
+      UserError: `action` raised it; in every process, so that none waits for one that has left.
+    """
+    result, message = None, ""
+    if is_first():
+        try:
+            result = action()
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            message = str(error)
+    if jax.process_count() > 1:
+        sent = np.frombuffer(message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES), np.uint8)
+        message = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).decode(errors="ignore").rstrip()
+    if message:
+        raise UserError(message)
+    return result

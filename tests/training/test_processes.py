@@ -1,0 +1,164 @@
+"""Several processes run one program: the same losses as one, and nobody waits for one that has left."""
+
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import recipes
+
+from latentjax.errors import UserError
+from latentjax.training import processes
+from latentjax.training.mesh import make_mesh, put_batch, rows_of_process
+from latentjax.training.metrics import read_metrics
+
+
+def run_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.CompletedProcess]:
+    """Runs the command line in processes of 8 devices in all, to their ends."""
+    results = []
+    for process in start_together(workdir, *overrides, num_processes=num_processes):
+        out, err = process.communicate(timeout=300)
+        results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return results
+
+
+def start_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.Popen]:
+    """Starts the command line in processes of 8 devices in all."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    return [
+        subprocess.Popen(
+            [
+                *recipes.command(workdir, *overrides),
+                *("--coordinator", coordinator, "--num_processes", str(num_processes), "--process_id", str(number)),
+            ],
+            env=recipes.environment(8 // num_processes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(num_processes)
+    ]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    keys = ("loss", "grad_norm", "eval_loss", "eval_bits_per_byte", "thought_residual")
+    return np.array([line[key] for line in lines for key in keys if key in line])
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ("mesh.fsdp=8", "mesh.data=1"),
+        ("mesh.sequence=8", "mesh.data=1"),  # both processes hold all rows
+        ("mesh.replica=2", "mesh.data=4", "data.num_workers=1", "data.mask_documents=true"),
+    ],
+)
+def test_two_processes_have_the_losses_of_one(whole_run: Path, tmp_path: Path, mesh: tuple[str, ...]):
+    for result in (results := run_together(tmp_path / "two", *mesh)):
+        assert result.returncode == 0, result.stdout + result.stderr
+    reference = whole_run
+    if "data.mask_documents=true" in mesh:
+        reference = recipes.trained(tmp_path / "one", "data.mask_documents=true")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(reference), atol=1e-5)
+    # The first says it all, the second nothing.
+    assert "of 2 processes" in results[0].stdout and "done: 12 steps" in results[0].stdout
+    assert [line for line in results[1].stdout.splitlines() if not line.startswith("[Gloo]")] == []
+    assert (tmp_path / "two" / "samples.txt").read_text().count("=== step ") == 2
+    # Their checkpoint is one that a single process can go on from.
+    recipes.trained(tmp_path / "two", "train.num_steps=13")
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_stops_all_at_the_same_step(whole_run: Path, tmp_path: Path, asked: int):
+    workdir = tmp_path / "run"
+    started = start_together(workdir, "mesh.data=8", "train.num_steps=100000")
+    deadline = time.monotonic() + 200
+    while not (lines := read_metrics(workdir / "metrics.jsonl")) or lines[-1]["step"] < 4:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
+        time.sleep(0.02)
+    started[asked].send_signal(signal.SIGTERM)
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, out + err
+        assert "Traceback" not in err
+    steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert steps == list(range(1, saved + 1))
+
+
+def test_a_mistake_that_the_first_finds_ends_all(tmp_path: Path):
+    """A directory of another model: the others, which did not look, say the same and leave."""
+    workdir = recipes.trained(tmp_path / "run", "train.num_steps=1")
+    for result in run_together(workdir, "model.num_layers=1"):
+        assert result.returncode == 2
+        assert "holds a run of another model: model.num_layers" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_rows_of_any_place_go_where_they_belong():
+    config = recipes.get_config()
+    config.data.batch_size = 16
+    mesh = make_mesh(config, jax.devices())
+    rows = rows_of_process(mesh, 16)
+    np.testing.assert_array_equal(rows, np.arange(16))
+    whole = np.random.default_rng(0).integers(0, 100, (16, 5))
+    array = put_batch({"tokens": whole}, mesh, rows, 16)["tokens"]
+    assert array.sharding == put_batch({"tokens": whole}, mesh)["tokens"].sharding
+    np.testing.assert_array_equal(np.asarray(array), whole)
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", None, None), "--coordinator, --num_processes and --process_id go together"),
+        ((None, 2, 0), "--coordinator, --num_processes and --process_id go together"),
+        (("localhost", 2, 0), "--coordinator=localhost must be HOST:PORT"),
+        (("localhost:1", 2, 2), "--process_id=2 must be at least 0 and below --num_processes=2"),
+    ],
+)
+def test_flags_that_make_no_sense(arguments: tuple, message: str):
+    with pytest.raises(UserError, match=message):
+        processes.start(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # in an allocation, but not started by srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "Slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "the TPU pod"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ],
+)
+def test_the_launcher_is_told_by_its_environment(monkeypatch, environment: dict[str, str], launcher: str | None):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    called = []
+
+    def initialize(**arguments):
+        called.append(arguments)
+        raise RuntimeError("nobody there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    if launcher is None:
+        processes.start(None, None, None)
+        assert not called
+    else:
+        with pytest.raises(UserError, match=f"cannot connect with the other processes, started by {launcher}: nobody"):
+            processes.start(None, None, None)
+        assert called == [{}]
