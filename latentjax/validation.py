@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from latentjax.config import flatten
 from latentjax.errors import UserError
-from latentjax.models.attention import choose_backend
+from latentjax.models.attention import check_backend
 from latentjax.models.backbone import ARCHITECTURES
 from latentjax.models.remat import POLICIES
 from latentjax.recurrence.methods import METHODS
@@ -58,7 +58,7 @@ def validate(config: ConfigDict) -> None:
     _check_model(config.model)
     _check_recurrence(config.recurrence)
     _check_data(config)
-    choose_backend(config.model.attention)
+    check_backend(config.model.attention)
 
 
 def _check_range(key: str, value: float, low: float, high: float) -> None:

@@ -74,16 +74,24 @@ def _attend(
 BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}
 
 
-def choose_backend(name: str) -> str:
-    """Resolves `model.attention` to the name of a backend.
+def choose_backend(name: str, platform: str) -> str:
+    """Resolves `model.attention` to the name of a backend, on devices of a platform (cpu, gpu, tpu).
 
     Raises:
       UserError: no backend of that name; a backend that was asked for is never silently replaced.
     """
-    chosen = "xla" if name == "auto" else name
-    if chosen not in BACKENDS:
+    check_backend(name)
+    return "xla" if name == "auto" else name
+
+
+def check_backend(name: str) -> None:
+    """Checks that `model.attention` is auto or the name of a backend, whatever the platform.
+
+    Raises:
+      UserError: it is neither.
+    """
+    if name != "auto" and name not in BACKENDS:
         raise UserError(f"model.attention={name!r} is not an attention backend: choose auto or {', '.join(BACKENDS)}")
-    return chosen
 
 
 def self_attention(
@@ -106,4 +114,4 @@ def self_attention(
     if cache is not None:
         cache = cache.write(layer, k_BSGK, v_BSGK)
         return cached_attention(q_BSHK, cache, layer, segment_ids_BS), cache
-    return BACKENDS[choose_backend(backend)](q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS), None
+    return BACKENDS[backend](q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS), None

@@ -5,7 +5,7 @@ import jax
 
 from latentjax.models.attention import self_attention
 from latentjax.models.cache import KeyValueCache
-from latentjax.models.layers import layer_norm, linear, shard_activation
+from latentjax.models.layers import Linear, layer_norm, shard_activation
 from latentjax.models.spec import ModelSpec
 
 final_norm = layer_norm
@@ -36,13 +36,8 @@ class GPTNeoXBlock(nn.Module):
 
         normed_BSD = layer_norm(spec, "input_norm")(x_BSD)
         # One matrix for all three, laid out (3, H, K) so that each comes out contiguous and heads shard evenly.
-        qkv = linear(
-            spec,
-            (3, spec.num_heads, spec.head_dim),
-            ("embed", None, "heads", "head_dim"),
-            use_bias=True,
-            name="query_key_value",
-        )(normed_BSD)
+        features, axes = (3, spec.num_heads, spec.head_dim), ("embed", None, "heads", "head_dim")
+        qkv = Linear(spec, features, axes, use_bias=True, name="query_key_value")(normed_BSD)
         qkv = shard_activation(qkv, "batch", "slots", None, "act_heads", None)
         attended_BSHK, cache = self_attention(
             *(qkv[:, :, i] for i in range(3)),
@@ -52,24 +47,17 @@ class GPTNeoXBlock(nn.Module):
             cache=cache,
             layer=layer,
         )
-        attention_BSD = linear(
-            spec,
-            spec.hidden_size,
-            ("heads", "head_dim", "embed"),
-            num_input_axes=2,
-            use_bias=True,
-            init_divisor=divisor,
-            name="attention_out",
+        width = (spec.hidden_size,)
+        attention_BSD = Linear(
+            spec, width, ("heads", "head_dim", "embed"), use_bias=True, init_divisor=divisor, name="attention_out"
         )(attended_BSHK)
 
         if not spec.parallel_residual:
             x_BSD = x_BSD + attention_BSD
         normed_BSD = layer_norm(spec, "mlp_norm")(x_BSD)
-        inner_BSF = linear(spec, spec.intermediate_size, ("embed", "mlp"), use_bias=True, name="mlp_in")(normed_BSD)
+        inner_BSF = Linear(spec, (spec.intermediate_size,), ("embed", "mlp"), use_bias=True, name="mlp_in")(normed_BSD)
         inner_BSF = shard_activation(nn.gelu(inner_BSF, approximate=False), "batch", "slots", "act_mlp")
-        mlp_BSD = linear(spec, spec.hidden_size, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out")(
-            inner_BSF
-        )
+        mlp_BSD = Linear(spec, width, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out")(inner_BSF)
         if spec.parallel_residual:
             mlp_BSD = mlp_BSD + attention_BSD
         return shard_activation(x_BSD + mlp_BSD, "batch", "slots", None), cache

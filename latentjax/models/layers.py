@@ -1,7 +1,5 @@
 """Matrices and norms as the blocks use them: float32, with logical axis names and the reference's initialisation."""
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,33 +13,35 @@ def matrix_init(spec: ModelSpec, divisor: float = 1.0) -> nn.initializers.Initia
     return nn.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
 
 
-def linear(
-    spec: ModelSpec,
-    features: int | Sequence[int],
-    axes: Sequence[str | None],
-    *,
-    num_input_axes: int = 1,
-    use_bias: bool,
-    init_divisor: float = 1.0,
-    name: str,
-) -> nn.DenseGeneral:
-    """A matrix from the last `num_input_axes` axes of its input to `features`.
+class Linear(nn.Module):
+    """A matrix (and a bias) from the last axes of its input to `features`, computed in the compute dtype.
 
-    Args:
+    Attributes:
+      features: sizes of the output axes.
       axes: logical names of the kernel's axes, input axes first.
+      use_bias: add one.
       init_divisor: divides the standard deviation (matrices that write to the residual stream).
     """
-    output_axes = tuple(axes[num_input_axes:])
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-num_input_axes, 0)),
-        use_bias=use_bias,
-        dtype=spec.compute_dtype,
-        param_dtype=jnp.float32,
-        kernel_init=nn.with_logical_partitioning(matrix_init(spec, init_divisor), tuple(axes)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), output_axes),
-        name=name,
-    )
+
+    spec: ModelSpec
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool
+    init_divisor: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Contracts as many last axes of x as `axes` has before those of `features`."""
+        spec, num_inputs = self.spec, len(self.axes) - len(self.features)
+        inputs = x.shape[-num_inputs:]
+        init = nn.with_logical_partitioning(matrix_init(spec, self.init_divisor), self.axes)
+        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32).astype(spec.compute_dtype)
+        contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+        y = jax.lax.dot_general(x.astype(spec.compute_dtype), kernel, (contracted, ((), ())))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[num_inputs:])
+            y = y + self.param("bias", init, self.features, jnp.float32).astype(spec.compute_dtype)
+        return y
 
 
 def layer_norm(spec: ModelSpec, name: str) -> nn.LayerNorm:

@@ -5,7 +5,7 @@ import jax
 
 from latentjax.models.attention import self_attention
 from latentjax.models.cache import KeyValueCache
-from latentjax.models.layers import linear, rms_norm, shard_activation
+from latentjax.models.layers import Linear, rms_norm, shard_activation
 from latentjax.models.spec import ModelSpec
 
 final_norm = rms_norm
@@ -35,7 +35,7 @@ class LlamaBlock(nn.Module):
         divisor = (2 * spec.num_layers) ** 0.5
 
         def project(x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
-            matrix = linear(spec, (heads, spec.head_dim), ("embed", axis, "head_dim"), use_bias=False, name=name)
+            matrix = Linear(spec, (heads, spec.head_dim), ("embed", axis, "head_dim"), use_bias=False, name=name)
             return shard_activation(matrix(x), "batch", "slots", f"act_{axis}", None)
 
         normed_BSD = rms_norm(spec, "input_norm")(x_BSD)
@@ -49,22 +49,14 @@ class LlamaBlock(nn.Module):
             cache=cache,
             layer=layer,
         )
-        attention_BSD = linear(
-            spec,
-            spec.hidden_size,
-            ("heads", "head_dim", "embed"),
-            num_input_axes=2,
-            use_bias=False,
-            init_divisor=divisor,
-            name="attention_out",
+        width, inner = (spec.hidden_size,), (spec.intermediate_size,)
+        x_BSD = x_BSD + Linear(
+            spec, width, ("heads", "head_dim", "embed"), use_bias=False, init_divisor=divisor, name="attention_out"
         )(attended_BSHK)
-        x_BSD = x_BSD + attention_BSD
 
         normed_BSD = rms_norm(spec, "mlp_norm")(x_BSD)
-        gate_BSF = linear(spec, spec.intermediate_size, ("embed", "mlp"), use_bias=False, name="mlp_gate")(normed_BSD)
-        up_BSF = linear(spec, spec.intermediate_size, ("embed", "mlp"), use_bias=False, name="mlp_up")(normed_BSD)
+        gate_BSF = Linear(spec, inner, ("embed", "mlp"), use_bias=False, name="mlp_gate")(normed_BSD)
+        up_BSF = Linear(spec, inner, ("embed", "mlp"), use_bias=False, name="mlp_up")(normed_BSD)
         inner_BSF = shard_activation(nn.silu(gate_BSF) * up_BSF, "batch", "slots", "act_mlp")
-        mlp_BSD = linear(
-            spec, spec.hidden_size, ("mlp", "embed"), use_bias=False, init_divisor=divisor, name="mlp_out"
-        )(inner_BSF)
+        mlp_BSD = Linear(spec, width, ("mlp", "embed"), use_bias=False, init_divisor=divisor, name="mlp_out")(inner_BSF)
         return shard_activation(x_BSD + mlp_BSD, "batch", "slots", None), cache

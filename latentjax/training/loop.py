@@ -15,9 +15,7 @@ from latentjax.data.batches import eval_batches, train_batches
 from latentjax.data.row import TokenRow
 from latentjax.data.sources import Sources, open_sources
 from latentjax.errors import UserError
-from latentjax.models.attention import choose_backend
-from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import Recurrence, RecurrenceSpec
+from latentjax.recurrence.base import Recurrence
 from latentjax.recurrence.draw import draw_jacobi_iterations
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
@@ -123,8 +121,7 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     )
     mesh = make_mesh(config, jax.devices())
     programs.use_compilation_cache(config.train.compilation_cache)
-    spec = ModelSpec(**config.model)
-    model = LanguageModel(spec, RecurrenceSpec(**config.recurrence))
+    model = programs.make_model(config, mesh)
     for change in processes.on_first(lambda: run_directory.claim(workdir, config)) or ():
         processes.say(f"config changed since the run was last started: {change}")
 
@@ -135,8 +132,8 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     processes.say(
-        f"{config.recurrence.method} {spec.architecture}, {num_params:,} parameters, on {mesh.size} "
-        f"{jax.devices()[0].device_kind}{hosts} ({sizes}), attention by {choose_backend(spec.attention)}; "
+        f"{config.recurrence.method} {model.spec.architecture}, {num_params:,} parameters, on {mesh.size} "
+        f"{jax.devices()[0].device_kind}{hosts} ({sizes}), attention by {model.spec.attention}; "
         f"{sources.description}"
     )
     if checkpoints.latest_step is None:

@@ -1,6 +1,7 @@
 """The compiled programs of a run: one train step per R, one evaluation step, all made before step 1."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from latentjax.models.attention import choose_backend
+from latentjax.models.spec import ModelSpec
+from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training.mesh import RULES, batch_sharding, replicated
@@ -29,7 +33,7 @@ def use_compilation_cache(directory: str) -> None:
 @contextlib.contextmanager
 def sharded_tracing(mesh: Mesh) -> Iterator[None]:
     """Puts the mesh and the sharding rules in force for models traced inside."""
-    with mesh, nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
@@ -54,6 +58,39 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     return batch
 
 
+def make_model(config: ConfigDict, mesh: Mesh) -> LanguageModel:
+    """The model that the config describes, with the attention backend that suits the mesh's devices.
+
+    Raises:
+      UserError: a backend was asked for that cannot serve there.
+    """
+    backend = choose_backend(config.model.attention, mesh.devices.flat[0].platform)
+    spec = dataclasses.replace(ModelSpec(**config.model), attention=backend)
+    return LanguageModel(spec, RecurrenceSpec(**config.recurrence))
+
+
+def lower_train_step(
+    config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState, num_jacobi_iterations: int
+) -> jax.stages.Lowered:
+    """Traces the train step for one R and says where everything lies; nothing is compiled yet.
+
+    Args:
+      state: abstract, with shardings. The step takes the state over: its memory is reused for the new one.
+    """
+    step = make_train_step(
+        model,
+        make_optimizer(config.optimizer, config.train.num_steps),
+        learning_rate_schedule(config.optimizer, config.train.num_steps),
+        num_jacobi_iterations=num_jacobi_iterations,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    with sharded_tracing(mesh):
+        return jitted.lower(state, abstract_batch(config, mesh))
+
+
 def compile_train_steps(
     config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState
 ) -> dict[int, Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]]:
@@ -63,24 +100,11 @@ def compile_train_steps(
       state: abstract, with shardings.
 
     Returns:
-      {R: step}; a step takes the state over (its memory is reused for the new one).
+      {R: step}, see `lower_train_step`.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def compile_one(num_jacobi_iterations: int) -> Callable:
-        step = make_train_step(
-            model,
-            optimizer,
-            schedule,
-            num_jacobi_iterations=num_jacobi_iterations,
-            gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-            loss_chunk_tokens=config.train.loss_chunk_tokens,
-        )
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        with sharded_tracing(mesh):
-            return jitted.lower(state, abstract_batch(config, mesh)).compile()
+        return lower_train_step(config, model, mesh, state, num_jacobi_iterations).compile()
 
     iterations = distinct_iterations(model)
     with ThreadPoolExecutor(max_workers=len(iterations)) as pool:

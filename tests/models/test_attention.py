@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latentjax.errors import UserError
-from latentjax.models.attention import MAX_CHUNKS, QUERY_CHUNK, choose_backend, xla_attention
+from latentjax.models.attention import MAX_CHUNKS, QUERY_CHUNK, check_backend, choose_backend, xla_attention
 
 
 def naive_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS):
@@ -66,6 +66,6 @@ def test_number_of_chunks_is_bounded(num_slots):
 def test_unknown_backend_is_the_users_error():
     """It names the key, the value and the choices, and is never replaced in silence."""
     with pytest.raises(UserError, match=r"model\.attention='flush'.*auto.*xla"):
-        choose_backend("flush")
-    assert choose_backend("xla") == "xla"
-    assert choose_backend("auto") == "xla"
+        check_backend("flush")
+    assert choose_backend("xla", "gpu") == "xla"
+    assert choose_backend("auto", "cpu") == "xla"
