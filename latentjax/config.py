@@ -38,8 +38,8 @@ def default() -> ConfigDict:
     model.norm_epsilon = 1e-5  # added to the variance in every norm
     model.tie_embeddings = False  # the head is the transposed embedding
     model.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax and loss stay in float32
-    model.attention = "auto"  # attention backend; auto takes the best one for the platform
-    model.remat = "none"  # what the backward pass recomputes: none, keep_matmul_outputs, keep_layer_inputs
+    model.attention = "auto"  # backend: xla, splash (TPU), cudnn or tokamax (GPU); auto: the best that serves
+    model.remat = "none"  # what the backward pass recomputes: a name of latentjax/models/remat.py
 
     config.recurrence = recurrence = ConfigDict()
     recurrence.method = "latent"  # how the backbone is applied: vanilla or latent

@@ -1,11 +1,12 @@
 """Name tables: which Hugging Face tensor is which parameter, and how the two are laid out.
 
 One entry per tensor, so that tensors can be read and written one at a time. In names, `{layer}` stands for the index of
-a layer; parameters of layers are stacked on axis 0, so layer i of a tensor is row i of its parameter.
+a layer; parameters of all layers but the last are stacked on axis 0, so layer i of a tensor is row i of its parameter,
+and the last layer has a parameter of its own.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -29,10 +30,15 @@ class Entry:
     read: Transform = lambda array, spec: array
     write: Transform = lambda array, spec: array
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the parameter holds all layers."""
-        return "{layer}" in self.tensor
+    def places(self, spec: ModelSpec) -> Iterator[tuple[str, str, int | None]]:
+        """Yields, for each tensor of the entry, its name, its parameter and its row there, None: the whole of it."""
+        if "{layer}" not in self.tensor:
+            yield self.tensor, self.parameter, None
+            return
+        for layer in range(spec.num_layers - 1):
+            yield self.tensor.format(layer=layer), self.parameter, layer
+        last = self.parameter.replace("backbone/layers/", "backbone/last_layer/")
+        yield self.tensor.format(layer=spec.num_layers - 1), last, None
 
 
 def _matrix(tensor: str, parameter: str, inputs: str, outputs: str) -> Entry:

@@ -76,7 +76,7 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
         norm_epsilon=config.get("layer_norm_eps", 1e-5) if neox else config.get("rms_norm_eps", 1e-6),
         tie_embeddings=config.get("tie_word_embeddings", False),
         dtype="float32",
-        attention="auto",
+        attention="xla",  # serves everywhere
         remat="none",
     )
     method = config.get("method") or ("latent" if config.get("recurrent_model") else "vanilla")
@@ -95,21 +95,20 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
 
 
 def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source: str) -> dict[str, Any]:
-    """Lays Hugging Face tensors out as a params tree (float32, layers stacked on axis 0).
+    """Lays Hugging Face tensors out as a params tree (float32, all layers but the last stacked on axis 0).
 
     Raises:
       UserError: a tensor is missing, left over, or of another shape than the config says; `source` names the folder.
     """
     remaining = dict(tensors)
     shapes = _parameter_shapes(spec)
-    params = {}
+    rows: dict[str, list[np.ndarray]] = {}
+    stacked = set()
     for entry in name_table(spec):
-        shape = shapes[entry.parameter][1:] if entry.stacked else shapes[entry.parameter]
-        # Compared before it is laid out: a transposed matrix would fit as well, and mean nothing.
-        tensor_shape = entry.write(np.broadcast_to(np.float32(0), shape), spec).shape
-        arrays = []
-        for layer in range(spec.num_layers) if entry.stacked else range(1):
-            name = entry.tensor.format(layer=layer)
+        for name, parameter, row in entry.places(spec):
+            shape = shapes[parameter] if row is None else shapes[parameter][1:]
+            # Compared before it is laid out: a transposed matrix would fit as well, and mean nothing.
+            tensor_shape = entry.write(np.broadcast_to(np.float32(0), shape), spec).shape
             if name not in remaining:
                 raise UserError(f"{source}: tensor {name!r} is missing")
             array = np.asarray(remaining.pop(name), np.float32)
@@ -117,8 +116,13 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
                 raise UserError(
                     f"{source}: tensor {name!r} has shape {array.shape}, but config.json makes it {tensor_shape}"
                 )
-            arrays.append(entry.read(array, spec))
-        params[tuple(entry.parameter.split("/"))] = jnp.asarray(np.stack(arrays) if entry.stacked else arrays[0])
+            rows.setdefault(parameter, []).append(entry.read(array, spec))
+            if row is not None:
+                stacked.add(parameter)
+    params = {
+        tuple(parameter.split("/")): jnp.asarray(np.stack(arrays) if parameter in stacked else arrays[0])
+        for parameter, arrays in rows.items()
+    }
     if spec.tie_embeddings:  # a tied head may be stored all the same
         remaining = {
             name: array for name, array in remaining.items() if name not in ("embed_out.weight", "lm_head.weight")
@@ -136,15 +140,14 @@ def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np
     flat = flatten_dict(params, sep="/")
     tensors = {}
     for entry in name_table(spec):
-        array = np.asarray(flat[entry.parameter])
-        for layer in range(spec.num_layers) if entry.stacked else range(1):
-            row = array[layer] if entry.stacked else array
-            tensors[entry.tensor.format(layer=layer)] = np.ascontiguousarray(entry.write(row, spec))
+        for name, parameter, row in entry.places(spec):
+            array = np.asarray(flat[parameter]) if row is None else np.asarray(flat[parameter][row])
+            tensors[name] = np.ascontiguousarray(entry.write(array, spec))
     return tensors
 
 
 def _parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """{path of a parameter: its shape}, layers stacked."""
+    """{path of a parameter: its shape}, all layers but the last stacked."""
     vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False)
     variables = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return {path: leaf.shape for path, leaf in flatten_dict(nn.meta.unbox(variables)["params"], sep="/").items()}

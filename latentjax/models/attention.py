@@ -4,14 +4,17 @@ Causality follows the order of slots, not position ids: the slots of a token sha
 token and the thoughts before it. Segments (documents) are told apart by id.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from latentjax.errors import UserError
+from latentjax.models.attention_backend import AttentionBackend, AttentionRequest, choose
 from latentjax.models.cache import KeyValueCache
+from latentjax.models.gpu_attention import CUDNN, TOKAMAX
 from latentjax.models.rotary import rotate
+from latentjax.models.slots import ALL_SLOTS, SlotRange
+from latentjax.models.splash_attention import SPLASH
 
 # Queries are taken this many at a time, so that what causality hides is mostly never computed and what is held at once
 # stays small; beyond MAX_CHUNKS pieces the rest of the saving is not worth a larger program.
@@ -20,24 +23,28 @@ MAX_CHUNKS = 8
 
 
 def xla_attention(
-    q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, segment_ids_BS: jax.Array | None
+    q_BQHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, segment_ids_BS: jax.Array | None, queried: SlotRange
 ) -> jax.Array:
     """Causal attention within a sequence, written out for XLA; serves every platform and mask.
 
     Args:
-      q_BSHK: queries; k_BSGK, v_BSGK: keys and values, where G divides H (grouped queries).
+      q_BQHK: queries at the slots of `queried`, in order; k_BSGK, v_BSGK: keys and values of all slots, where G divides
+        H (grouped queries).
       segment_ids_BS: slots attend within their segment only; None: one segment.
 
     Returns:
-      (B, S, H, K) in the dtype of q.
+      (B, Q, H, K) in the dtype of q.
     """
-    num_slots = q_BSHK.shape[1]
-    chunk = max(QUERY_CHUNK, -(-num_slots // MAX_CHUNKS))
+    num_queries = q_BQHK.shape[1]
+    slots_Q = queried.indices(k_BSGK.shape[1])
+    queried_ids_BQ = None if segment_ids_BS is None else queried.take(segment_ids_BS)
+    chunk = max(QUERY_CHUNK, -(-num_queries // MAX_CHUNKS))
     attended = []
-    for start in range(0, num_slots, chunk):
-        stop = min(start + chunk, num_slots)
-        segments = (None, None) if segment_ids_BS is None else (segment_ids_BS[:, start:stop], segment_ids_BS[:, :stop])
-        attended.append(_attend(q_BSHK[:, start:stop], k_BSGK[:, :stop], v_BSGK[:, :stop], start, *segments))
+    for start in range(0, num_queries, chunk):
+        rows = slice(start, start + chunk)
+        seen = slice(0, int(slots_Q[rows][-1]) + 1)  # no query of the chunk sees beyond
+        segments = (None, None) if segment_ids_BS is None else (queried_ids_BQ[:, rows], segment_ids_BS[:, seen])
+        attended.append(_attend(q_BQHK[:, rows], k_BSGK[:, seen], v_BSGK[:, seen], slots_Q[rows], *segments))
     return jnp.concatenate(attended, axis=1)
 
 
@@ -45,43 +52,44 @@ def cached_attention(q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array, 
     """Attention from the newest slots, whose keys and values are in the cache already, to all that it holds."""
     keys_BLGK, values_BLGK = cache.layer(layer)
     # The rows not yet written lie behind every query: causality keeps them out of sight.
-    return _attend(q_BSHK, keys_BLGK, values_BLGK, cache.length, segment_ids_BS, cache.segment_ids_BL)
+    slots_S = cache.length + jnp.arange(q_BSHK.shape[1])
+    return _attend(q_BSHK, keys_BLGK, values_BLGK, slots_S, segment_ids_BS, cache.segment_ids_BL)
 
 
 def _attend(
-    q_BSHK: jax.Array,
+    q_BQHK: jax.Array,
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
-    first_slot: jax.Array | int,
-    segment_ids_BS: jax.Array | None,
+    slots_Q: jax.Array | np.ndarray,
+    segment_ids_BQ: jax.Array | None,
     segment_ids_BL: jax.Array | None,
 ) -> jax.Array:
-    """Softmax attention of slots first_slot .. first_slot + S - 1 to slots 0 .. L - 1; softmax in float32."""
-    batch_size, num_queries, num_heads, head_dim = q_BSHK.shape
+    """Softmax attention of queries at slots_Q to slots 0 .. L - 1; softmax in float32."""
+    batch_size, num_queries, num_heads, head_dim = q_BQHK.shape
     num_keys, num_kv_heads = k_BLGK.shape[1:3]
     grouped_shape = (batch_size, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    q_BSGMK = (q_BSHK * head_dim**-0.5).reshape(grouped_shape)  # M query heads share one head of keys
-    logits = jnp.einsum("BSGMK,BLGK->BGMSL", q_BSGMK, k_BLGK, preferred_element_type=jnp.float32)
+    q_BQGMK = (q_BQHK * head_dim**-0.5).reshape(grouped_shape)  # M query heads share one head of keys
+    logits = jnp.einsum("BQGMK,BLGK->BGMQL", q_BQGMK, k_BLGK, preferred_element_type=jnp.float32)
 
-    visible = jnp.arange(num_keys) <= (first_slot + jnp.arange(num_queries))[:, None]
-    if segment_ids_BS is not None:
-        visible = visible & (segment_ids_BS[:, :, None] == segment_ids_BL[:, None, :])[:, None, None]
+    visible = jnp.arange(num_keys) <= slots_Q[:, None]
+    if segment_ids_BQ is not None:
+        visible = visible & (segment_ids_BQ[:, :, None] == segment_ids_BL[:, None, :])[:, None, None]
     logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(q_BSHK.dtype)
-    return jnp.einsum("BGMSL,BLGK->BSGMK", weights, v_BLGK).reshape(q_BSHK.shape)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q_BQHK.dtype)
+    return jnp.einsum("BGMQL,BLGK->BQGMK", weights, v_BLGK).reshape(q_BQHK.shape)
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}
+XLA = AttentionBackend("xla", xla_attention, frozenset({"cpu", "gpu", "tpu"}))
+BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (XLA, SPLASH, CUDNN, TOKAMAX)}
 
 
-def choose_backend(name: str, platform: str) -> str:
-    """Resolves `model.attention` to the name of a backend, on devices of a platform (cpu, gpu, tpu).
+def choose_backend(name: str, request: AttentionRequest) -> str:
+    """Resolves `model.attention` to the name of the backend that serves the request.
 
     Raises:
-      UserError: no backend of that name; a backend that was asked for is never silently replaced.
+      UserError: no such backend, or one that was asked for but cannot serve: it is never silently replaced.
     """
-    check_backend(name)
-    return "xla" if name == "auto" else name
+    return choose(BACKENDS, name, request).name
 
 
 def check_backend(name: str) -> None:
@@ -94,8 +102,13 @@ def check_backend(name: str) -> None:
         raise UserError(f"model.attention={name!r} is not an attention backend: choose auto or {', '.join(BACKENDS)}")
 
 
+def wanted_queries(backend: str, kept: SlotRange) -> SlotRange:
+    """The slots whose queries a backend wants to see, to attend from those of `kept`."""
+    return ALL_SLOTS if BACKENDS[backend].needs_all_queries else kept
+
+
 def self_attention(
-    q_BSHK: jax.Array,
+    q_BQHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     *,
@@ -104,14 +117,23 @@ def self_attention(
     segment_ids_BS: jax.Array | None,
     cache: KeyValueCache | None,
     layer: jax.Array,
+    queried: SlotRange,
+    kept: SlotRange,
 ) -> tuple[jax.Array, KeyValueCache | None]:
     """Rotates queries and keys, then attends within the sequence, or to all that `cache` holds and itself.
 
+    Args:
+      q_BQHK: queries at the slots of `queried`, which is `wanted_queries(backend, kept)`.
+      angles: of all S slots.
+      kept: the slots whose results are returned; all of them where there is a cache.
+
     Returns:
-      (B, S, H, K) and the cache with this layer's keys and values written.
+      (B, slots of `kept`, H, K) and the cache with this layer's keys and values written.
     """
-    q_BSHK, k_BSGK = rotate(q_BSHK, angles), rotate(k_BSGK, angles)
+    q_BQHK = rotate(q_BQHK, tuple(queried.take(part) for part in angles))
+    k_BSGK = rotate(k_BSGK, angles)
     if cache is not None:
         cache = cache.write(layer, k_BSGK, v_BSGK)
-        return cached_attention(q_BSHK, cache, layer, segment_ids_BS), cache
-    return BACKENDS[backend](q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS), None
+        return cached_attention(q_BQHK, cache, layer, segment_ids_BS), cache
+    attended = BACKENDS[backend].call(q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
+    return attended if queried == kept else kept.take(attended), None

@@ -1,4 +1,10 @@
-"""The backbone f: the whole stack of layers and the final norm, scanned so that one layer is traced once."""
+"""The backbone f: the whole stack of layers and the final norm.
+
+All layers but the last are scanned, so that one is traced for all of them. The last stands alone: often a part of its
+outputs is thrown away, and then only its keys and values are computed for all slots.
+"""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -7,8 +13,9 @@ import jax.numpy as jnp
 from latentjax.models import gpt_neox, llama
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.layers import shard_activation
-from latentjax.models.remat import rematerialised
+from latentjax.models.remat import POLICIES, rematerialised
 from latentjax.models.rotary import rotary_angles
+from latentjax.models.slots import ALL_SLOTS, SlotRange
 from latentjax.models.spec import ModelSpec
 
 # Block and final norm of each architecture.
@@ -36,6 +43,7 @@ class Backbone(nn.Module):
         positions_BS: jax.Array,
         segment_ids_BS: jax.Array | None = None,
         cache: KeyValueCache | None = None,
+        kept: SlotRange = ALL_SLOTS,
     ) -> tuple[jax.Array, KeyValueCache | None]:
         """Applies all layers and the final norm.
 
@@ -44,31 +52,54 @@ class Backbone(nn.Module):
           positions_BS: int32 position ids, of which B may be 1: shared by the batch.
           segment_ids_BS: int32, slots attend within their segment only; None: one segment.
           cache: keys and values of the slots before these; None: there are none before, and none are kept.
+          kept: the slots whose hidden states are asked for; the others' are not computed in the last layer.
 
         Returns:
-          Hidden states (B, S, D) after the final norm in the compute dtype, and the cache with these slots added.
+          Hidden states (B, Q, D) of the Q kept slots after the final norm in the compute dtype, and the cache with all
+          S slots added.
         """
-        spec = self.spec
-        block, final_norm = ARCHITECTURES[spec.architecture]
-        x_BSD = shard_activation(x_BSD.astype(spec.compute_dtype), "batch", "slots", None)
-        angles = rotary_angles(positions_BS, spec.rotary_dims, spec.rope_theta)
+        num_slots = x_BSD.shape[1]
         if cache is not None:
             if segment_ids_BS is None:
                 segment_ids_BS = jnp.zeros(x_BSD.shape[:2], jnp.int32)
             cache = cache.write_segments(segment_ids_BS)
+        stack = _apply_stack
+        if POLICIES[self.spec.remat].keeps_pass_inputs_only:
+            stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5,))
+        x_BSD = x_BSD.astype(self.spec.compute_dtype)
+        hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept)
+        return hidden_BQD, None if cache is None else cache.advance(num_slots)
 
-        def apply_layer(layer_module, carry, layer):
-            x_BSD, cache = carry
-            return layer_module(x_BSD, angles, segment_ids_BS, cache, layer), None
 
-        layers = rematerialised(block, spec.remat)(spec, self.slots_per_token, name="layers")
+def _apply_stack(
+    backbone: Backbone,
+    x_BSD: jax.Array,
+    positions_BS: jax.Array,
+    segment_ids_BS: jax.Array | None,
+    cache: KeyValueCache | None,
+    kept: SlotRange,
+) -> tuple[jax.Array, KeyValueCache | None]:
+    """The layers and the norm, in the scope of `backbone`; arguments and results as in `Backbone.__call__`."""
+    spec, slots_per_token = backbone.spec, backbone.slots_per_token
+    block, final_norm = ARCHITECTURES[spec.architecture]
+    x_BSD = shard_activation(x_BSD, "batch", "slots", None)
+    angles = rotary_angles(positions_BS, spec.rotary_dims, spec.rope_theta)
+    num_scanned = spec.num_layers - 1
+
+    def apply_layer(layer_module: nn.Module, carry: tuple, layer: jax.Array) -> tuple[Any, None]:
+        x_BSD, cache = carry
+        return layer_module(x_BSD, angles, segment_ids_BS, cache, layer), None
+
+    if num_scanned:
+        # The scan already keeps XLA from merging the forward computation with its repetition in the backward pass.
+        layers = rematerialised(block, spec.remat, in_loop=True)(spec, slots_per_token, name="layers")
         (x_BSD, cache), _ = nn.scan(
             apply_layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=spec.num_layers,
+            length=num_scanned,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(layers, (x_BSD, cache), jnp.arange(spec.num_layers))
-        if cache is not None:
-            cache = cache.advance(x_BSD.shape[1])
-        return final_norm(spec, "final_norm")(x_BSD), cache
+        )(layers, (x_BSD, cache), jnp.arange(num_scanned))
+    last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, slots_per_token, kept, name="last_layer")
+    x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, jnp.asarray(num_scanned))
+    return final_norm(spec, "final_norm")(x_BQD), cache

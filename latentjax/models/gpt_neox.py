@@ -3,9 +3,11 @@
 import flax.linen as nn
 import jax
 
-from latentjax.models.attention import self_attention
+from latentjax.models.attention import self_attention, wanted_queries
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.layers import Linear, layer_norm, shard_activation
+from latentjax.models.remat import name_layer_input
+from latentjax.models.slots import ALL_SLOTS, SlotRange
 from latentjax.models.spec import ModelSpec
 
 final_norm = layer_norm
@@ -16,10 +18,12 @@ class GPTNeoXBlock(nn.Module):
 
     Attributes:
       slots_per_token: C + 1; the matrices that write to the residual stream start smaller by sqrt(2 N (C + 1)).
+      kept: the slots whose outputs are computed; keys and values are, for all.
     """
 
     spec: ModelSpec
     slots_per_token: int
+    kept: SlotRange = ALL_SLOTS
 
     @nn.compact
     def __call__(
@@ -30,34 +34,50 @@ class GPTNeoXBlock(nn.Module):
         cache: KeyValueCache | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KeyValueCache | None]:
-        """Returns the layer's output (B, S, D) and the cache with this layer written."""
-        spec = self.spec
+        """Returns the layer's output (B, Q, D) for the kept slots and the cache with this layer written."""
+        spec, kept = self.spec, self.kept
         divisor = (2 * spec.num_layers * self.slots_per_token) ** 0.5
+        x_BSD = name_layer_input(x_BSD)
 
         normed_BSD = layer_norm(spec, "input_norm")(x_BSD)
         # One matrix for all three, laid out (3, H, K) so that each comes out contiguous and heads shard evenly.
         features, axes = (3, spec.num_heads, spec.head_dim), ("embed", None, "heads", "head_dim")
-        qkv = Linear(spec, features, axes, use_bias=True, name="query_key_value")(normed_BSD)
-        qkv = shard_activation(qkv, "batch", "slots", None, "act_heads", None)
-        attended_BSHK, cache = self_attention(
-            *(qkv[:, :, i] for i in range(3)),
+        matrix = Linear(spec, features, axes, use_bias=True, name="query_key_value")
+
+        def project(normed: jax.Array, part: slice) -> tuple[jax.Array, ...]:
+            heads = shard_activation(matrix(normed, part), "batch", "slots", None, "act_heads", None)
+            return tuple(heads[:, :, i] for i in range(heads.shape[2]))
+
+        queried = wanted_queries(spec.attention, kept)
+        if queried.is_all:
+            q_BQHK, k_BSHK, v_BSHK = project(normed_BSD, slice(0, 3))
+        else:
+            (q_BQHK,) = project(queried.take(normed_BSD), slice(0, 1))
+            k_BSHK, v_BSHK = project(normed_BSD, slice(1, 3))
+        attended_BQHK, cache = self_attention(
+            q_BQHK,
+            k_BSHK,
+            v_BSHK,
             backend=spec.attention,
             angles=angles,
             segment_ids_BS=segment_ids_BS,
             cache=cache,
             layer=layer,
+            queried=queried,
+            kept=kept,
         )
+        x_BQD = kept.take(x_BSD)
         width = (spec.hidden_size,)
-        attention_BSD = Linear(
+        attention_BQD = Linear(
             spec, width, ("heads", "head_dim", "embed"), use_bias=True, init_divisor=divisor, name="attention_out"
-        )(attended_BSHK)
+        )(attended_BQHK)
 
         if not spec.parallel_residual:
-            x_BSD = x_BSD + attention_BSD
-        normed_BSD = layer_norm(spec, "mlp_norm")(x_BSD)
-        inner_BSF = Linear(spec, (spec.intermediate_size,), ("embed", "mlp"), use_bias=True, name="mlp_in")(normed_BSD)
-        inner_BSF = shard_activation(nn.gelu(inner_BSF, approximate=False), "batch", "slots", "act_mlp")
-        mlp_BSD = Linear(spec, width, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out")(inner_BSF)
+            x_BQD = x_BQD + attention_BQD
+        normed_BQD = layer_norm(spec, "mlp_norm")(x_BQD)
+        inner_BQF = Linear(spec, (spec.intermediate_size,), ("embed", "mlp"), use_bias=True, name="mlp_in")(normed_BQD)
+        inner_BQF = shard_activation(nn.gelu(inner_BQF, approximate=False), "batch", "slots", "act_mlp")
+        mlp_BQD = Linear(spec, width, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out")(inner_BQF)
         if spec.parallel_residual:
-            mlp_BSD = mlp_BSD + attention_BSD
-        return shard_activation(x_BSD + mlp_BSD, "batch", "slots", None), cache
+            mlp_BQD = mlp_BQD + attention_BQD
+        return shard_activation(x_BQD + mlp_BQD, "batch", "slots", None), cache

@@ -30,17 +30,22 @@ class Linear(nn.Module):
     init_divisor: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Contracts as many last axes of x as `axes` has before those of `features`."""
+    def __call__(self, x: jax.Array, part: slice = slice(None)) -> jax.Array:
+        """Contracts as many last axes of x as `axes` has before those of `features`.
+
+        Args:
+          part: which entries of the first output axis are computed.
+        """
         spec, num_inputs = self.spec, len(self.axes) - len(self.features)
         inputs = x.shape[-num_inputs:]
         init = nn.with_logical_partitioning(matrix_init(spec, self.init_divisor), self.axes)
-        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32).astype(spec.compute_dtype)
+        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
+        kernel = kernel[*[slice(None)] * num_inputs, part].astype(spec.compute_dtype)
         contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
         y = jax.lax.dot_general(x.astype(spec.compute_dtype), kernel, (contracted, ((), ())))
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[num_inputs:])
-            y = y + self.param("bias", init, self.features, jnp.float32).astype(spec.compute_dtype)
+            y = y + self.param("bias", init, self.features, jnp.float32)[part].astype(spec.compute_dtype)
         return y
 
 

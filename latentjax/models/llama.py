@@ -3,9 +3,11 @@
 import flax.linen as nn
 import jax
 
-from latentjax.models.attention import self_attention
+from latentjax.models.attention import self_attention, wanted_queries
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.layers import Linear, rms_norm, shard_activation
+from latentjax.models.remat import name_layer_input
+from latentjax.models.slots import ALL_SLOTS, SlotRange
 from latentjax.models.spec import ModelSpec
 
 final_norm = rms_norm
@@ -16,10 +18,12 @@ class LlamaBlock(nn.Module):
 
     Attributes:
       slots_per_token: C + 1; unused here: LLaMA's residual matrices start smaller by sqrt(2 N), whatever C is.
+      kept: the slots whose outputs are computed; keys and values are, for all.
     """
 
     spec: ModelSpec
     slots_per_token: int
+    kept: SlotRange = ALL_SLOTS
 
     @nn.compact
     def __call__(
@@ -30,17 +34,19 @@ class LlamaBlock(nn.Module):
         cache: KeyValueCache | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KeyValueCache | None]:
-        """Returns the layer's output (B, S, D) and the cache with this layer written."""
-        spec = self.spec
+        """Returns the layer's output (B, Q, D) for the kept slots and the cache with this layer written."""
+        spec, kept = self.spec, self.kept
         divisor = (2 * spec.num_layers) ** 0.5
+        x_BSD = name_layer_input(x_BSD)
 
         def project(x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
             matrix = Linear(spec, (heads, spec.head_dim), ("embed", axis, "head_dim"), use_bias=False, name=name)
             return shard_activation(matrix(x), "batch", "slots", f"act_{axis}", None)
 
         normed_BSD = rms_norm(spec, "input_norm")(x_BSD)
-        attended_BSHK, cache = self_attention(
-            project(normed_BSD, "query", spec.num_heads, "heads"),
+        queried = wanted_queries(spec.attention, kept)
+        attended_BQHK, cache = self_attention(
+            project(queried.take(normed_BSD), "query", spec.num_heads, "heads"),
             project(normed_BSD, "key", spec.kv_heads, "kv_heads"),
             project(normed_BSD, "value", spec.kv_heads, "kv_heads"),
             backend=spec.attention,
@@ -48,15 +54,17 @@ class LlamaBlock(nn.Module):
             segment_ids_BS=segment_ids_BS,
             cache=cache,
             layer=layer,
+            queried=queried,
+            kept=kept,
         )
         width, inner = (spec.hidden_size,), (spec.intermediate_size,)
-        x_BSD = x_BSD + Linear(
+        x_BQD = kept.take(x_BSD) + Linear(
             spec, width, ("heads", "head_dim", "embed"), use_bias=False, init_divisor=divisor, name="attention_out"
-        )(attended_BSHK)
+        )(attended_BQHK)
 
-        normed_BSD = rms_norm(spec, "mlp_norm")(x_BSD)
-        gate_BSF = Linear(spec, inner, ("embed", "mlp"), use_bias=False, name="mlp_gate")(normed_BSD)
-        up_BSF = Linear(spec, inner, ("embed", "mlp"), use_bias=False, name="mlp_up")(normed_BSD)
-        inner_BSF = shard_activation(nn.silu(gate_BSF) * up_BSF, "batch", "slots", "act_mlp")
-        mlp_BSD = Linear(spec, width, ("mlp", "embed"), use_bias=False, init_divisor=divisor, name="mlp_out")(inner_BSF)
-        return shard_activation(x_BSD + mlp_BSD, "batch", "slots", None), cache
+        normed_BQD = rms_norm(spec, "mlp_norm")(x_BQD)
+        gate_BQF = Linear(spec, inner, ("embed", "mlp"), use_bias=False, name="mlp_gate")(normed_BQD)
+        up_BQF = Linear(spec, inner, ("embed", "mlp"), use_bias=False, name="mlp_up")(normed_BQD)
+        inner_BQF = shard_activation(nn.silu(gate_BQF) * up_BQF, "batch", "slots", "act_mlp")
+        mlp_BQD = Linear(spec, width, ("mlp", "embed"), use_bias=False, init_divisor=divisor, name="mlp_out")(inner_BQF)
+        return shard_activation(x_BQD + mlp_BQD, "batch", "slots", None), cache

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.layers import shard_activation
+from latentjax.models.slots import SlotRange
 from latentjax.recurrence.base import Recurrence
 
 
@@ -67,15 +68,18 @@ class Latent(Recurrence):
         num_passes = num_thoughts + num_jacobi_iterations + 1
         first_kept = num_passes - self.backprop_passes if self.backprop_passes else 0
 
-        def apply_pass(backbone: nn.Module, z_BTCD: jax.Array, keep: bool) -> jax.Array:
-            """One pass over x and however many thoughts there are: outputs (B, T, slots, D)."""
+        def apply_pass(
+            backbone: nn.Module, z_BTCD: jax.Array, keep: bool, start: int = 0, stop: int | None = None
+        ) -> jax.Array:
+            """One pass over x and however many thoughts there are: outputs (B, T, slots, D) of slots start .. stop."""
             slots_BTSD = jnp.concatenate([x_BTD[:, :, None], z_BTCD], axis=2)
             if not keep:
                 slots_BTSD = jax.lax.stop_gradient(slots_BTSD)
             batch_size, num_tokens, slots, width = slots_BTSD.shape
             x_BSD = shard_activation(slots_BTSD.reshape(batch_size, num_tokens * slots, width), "batch", "slots", None)
-            h_BSD, _ = backbone(x_BSD, _repeat(positions_BT, slots), _repeat(segment_ids_BT, slots))
-            h_BTSD = h_BSD.reshape(slots_BTSD.shape)
+            kept = SlotRange(slots, start, slots if stop is None else stop)
+            h_BQD, _ = backbone(x_BSD, _repeat(positions_BT, slots), _repeat(segment_ids_BT, slots), kept=kept)
+            h_BTSD = h_BQD.reshape(batch_size, num_tokens, kept.count, width)
             return h_BTSD if keep else jax.lax.stop_gradient(h_BTSD)
 
         z_BTCD = x_BTD[:, :, :0].reshape(*x_BTD.shape[:2], 0, x_BTD.shape[2])
@@ -84,7 +88,7 @@ class Latent(Recurrence):
             z_BTCD = apply_pass(backbone, z_BTCD, keep=k >= first_kept)
 
         def refine(backbone: nn.Module, z_BTCD: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
-            new_BTCD = apply_pass(backbone, z_BTCD, keep)[:, :, :num_thoughts]
+            new_BTCD = apply_pass(backbone, z_BTCD, keep, stop=num_thoughts)
             return new_BTCD, thought_residual(new_BTCD, z_BTCD)
 
         residuals = [jnp.zeros((0,), jnp.float32)]
@@ -101,8 +105,8 @@ class Latent(Recurrence):
             z_BTCD, residual_R = scanned(backbone, z_BTCD, None)
             residuals.append(residual_R)
 
-        h_BTSD = apply_pass(backbone, z_BTCD, keep=True)
-        return h_BTSD[:, :, num_thoughts], jnp.concatenate(residuals)
+        h_BTSD = apply_pass(backbone, z_BTCD, keep=True, start=num_thoughts)
+        return h_BTSD[:, :, 0], jnp.concatenate(residuals)
 
     def decode(
         self,

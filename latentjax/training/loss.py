@@ -31,9 +31,12 @@ def next_token_loss(
     padding = chunks * chunk_tokens - num_tokens
 
     def split(x: jax.Array) -> jax.Array:
-        """(B, T, ...) to (chunks, B, t, ...), padded at the end with zeros, which also weigh nothing."""
+        """(B, T, ...) to (chunks, B, t, ...), padded at the end with zeros, which also weigh nothing.
+
+        A chunk takes every chunks-th token: where T is spread over devices, each of them has its part in every chunk.
+        """
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk_tokens, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk_tokens, chunks, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

@@ -232,7 +232,7 @@ def test_spec_of_a_llama_folder():
     model, _ = load_pretrained(CASES / LLAMA)
     expected = model_spec(
         "llama", hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=88, vocab_size=96,
-        max_position_embeddings=128, rope_theta=10000.0, attention="auto",
+        max_position_embeddings=128, rope_theta=10000.0, attention="xla",
     )  # fmt: skip
     assert model.spec == expected
     assert model.recurrence_spec.method == "vanilla"

@@ -17,11 +17,12 @@ def norm(x, params):
 
 def neox_hidden(params, x_TD, *, parallel, theta=100.0, rotary=4):
     """A GPT-NeoX backbone for one sequence in float64 NumPy, from its paper (arXiv 2204.06745)."""
-    num_layers, _, _, num_heads, head_dim = params["layers"]["query_key_value"]["kernel"].shape
+    layers = [jax.tree.map(lambda p: np.asarray(p[0], np.float64), params["layers"])]  # one, and the last
+    layers.append(jax.tree.map(lambda p: np.asarray(p, np.float64), params["last_layer"]))
+    _, _, num_heads, head_dim = layers[0]["query_key_value"]["kernel"].shape
     num_tokens = len(x_TD)
     turn = np.exp(1j * np.arange(num_tokens)[:, None] * theta ** (-2.0 * np.arange(rotary // 2) / rotary))
-    for n in range(num_layers):
-        layer = jax.tree.map(lambda p: np.asarray(p[n], np.float64), params["layers"])
+    for layer in layers:
         normed_TD = norm(x_TD, layer["input_norm"])
         attention_TD = np.zeros_like(x_TD) + layer["attention_out"]["bias"]
         for h in range(num_heads):

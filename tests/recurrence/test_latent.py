@@ -10,6 +10,7 @@ import pytest
 from tiny import cross_entropy, language_model, params_of, tokens
 
 from latentjax.models import gpt_neox
+from latentjax.models.slots import ALL_SLOTS
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.methods import make_recurrence
 
@@ -125,10 +126,10 @@ class MarkedBackbone(nn.Module):
     """Stands in for a backbone: its tanh, which nothing else computes, marks where it is fed."""
 
     @nn.compact
-    def __call__(self, x_BSD, positions_BS, segment_ids_BS=None, cache=None):
+    def __call__(self, x_BSD, positions_BS, segment_ids_BS=None, cache=None, kept=ALL_SLOTS):
         scale = self.param("scale", nn.initializers.ones, ())
         assert positions_BS.shape[1] == x_BSD.shape[1]
-        return jnp.tanh(scale * x_BSD), cache
+        return kept.take(jnp.tanh(scale * x_BSD)), cache
 
 
 def slots_fed(jaxpr):

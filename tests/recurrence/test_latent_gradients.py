@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tiny import cross_entropy, language_model, params_of, tokens
 
+from latentjax.models.remat import POLICIES
+
 NUM_THOUGHTS, ITERATIONS = 1, 2
 NUM_PASSES = NUM_THOUGHTS + ITERATIONS + 1
 TOKENS_BT = tokens(2, 6)
@@ -103,7 +105,7 @@ def test_full_gradients_against_finite_differences():
         np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("remat", ["keep_matmul_outputs", "keep_layer_inputs"])
+@pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
 def test_remat_changes_neither_loss_nor_gradients(remat):
     """It only recomputes: the policy that keeps less has more matrix products in its backward pass."""
     plain = language_model(NUM_THOUGHTS)
@@ -123,5 +125,30 @@ def test_remat_policies_recompute_what_they_say():
         loss = lambda params: cross_entropy(model.apply({"params": params}, TOKENS_BT), TOKENS_BT)  # noqa: E731
         return str(jax.make_jaxpr(jax.grad(loss))(params_of(model))).count("dot_general[")
 
-    none, matmuls, inputs = (products(remat) for remat in ("none", "keep_matmul_outputs", "keep_layer_inputs"))
-    assert none < matmuls < inputs
+    none, matmuls, inputs, offloaded, passes = (products(remat) for remat in POLICIES)
+    assert none < matmuls < inputs == offloaded < passes
+
+
+def test_remat_policies_keep_what_they_say():
+    """Bytes that a forward pass hands to the backward pass fall from policy to policy, parameters left out."""
+    params = params_of(language_model(1, num_layers=5))
+
+    def kept_bytes(remat):
+        model = language_model(1, remat=remat, num_layers=5)
+        loss = lambda params: cross_entropy(model.apply({"params": params}, TOKENS_BT), TOKENS_BT)  # noqa: E731
+        residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+        size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+        return size(residuals) - size(params)
+
+    none, matmuls, inputs, offloaded, passes = (kept_bytes(remat) for remat in POLICIES)
+    layer_input = 2 * 12 * 16 * 4  # (B, S, D) in float32
+    assert passes < inputs == offloaded < matmuls < none
+    # Four passes of five layers, the first over half the slots: all but one input of a pass are recomputed.
+    assert inputs - passes > 3 * 4 * layer_input
+
+
+def test_offloaded_layer_inputs_go_to_the_host():
+    """Those of the scanned layers in one array."""
+    model = language_model(0, remat="offload_layer_inputs", num_layers=5)
+    loss = lambda params: cross_entropy(model.apply({"params": params}, TOKENS_BT), TOKENS_BT)  # noqa: E731
+    assert "f32<host>[4,2,6,16]" in str(jax.make_jaxpr(jax.grad(loss))(params_of(model)))
