@@ -38,14 +38,18 @@ def xla_attention(
     num_queries = q_BQHK.shape[1]
     slots_Q = queried.indices(k_BSGK.shape[1])
     queried_ids_BQ = None if segment_ids_BS is None else queried.take(segment_ids_BS)
+    # Heads first, once for all chunks: else every product of every chunk would lay its operands out anew.
+    q_BGMQK, k_BGSK, v_BGSK = _group(q_BQHK, k_BSGK.shape[2]), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
     chunk = max(QUERY_CHUNK, -(-num_queries // MAX_CHUNKS))
     attended = []
     for start in range(0, num_queries, chunk):
         rows = slice(start, start + chunk)
         seen = slice(0, int(slots_Q[rows][-1]) + 1)  # no query of the chunk sees beyond
         segments = (None, None) if segment_ids_BS is None else (queried_ids_BQ[:, rows], segment_ids_BS[:, seen])
-        attended.append(_attend(q_BQHK[:, rows], k_BSGK[:, seen], v_BSGK[:, seen], slots_Q[rows], *segments))
-    return jnp.concatenate(attended, axis=1)
+        attended.append(
+            _attend(q_BGMQK[:, :, :, rows], k_BGSK[:, :, seen], v_BGSK[:, :, seen], slots_Q[rows], *segments)
+        )
+    return _ungroup(jnp.concatenate(attended, axis=3))
 
 
 def cached_attention(q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
@@ -53,30 +57,40 @@ def cached_attention(q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array, 
     keys_BLGK, values_BLGK = cache.layer(layer)
     # The rows not yet written lie behind every query: causality keeps them out of sight.
     slots_S = cache.length + jnp.arange(q_BSHK.shape[1])
-    return _attend(q_BSHK, keys_BLGK, values_BLGK, slots_S, segment_ids_BS, cache.segment_ids_BL)
+    q_BGMSK = _group(q_BSHK, keys_BLGK.shape[2])
+    segments = (segment_ids_BS, cache.segment_ids_BL)
+    return _ungroup(_attend(q_BGMSK, keys_BLGK.swapaxes(1, 2), values_BLGK.swapaxes(1, 2), slots_S, *segments))
+
+
+def _group(q_BQHK: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Scales queries and puts heads first, M of them to each head of keys: (B, G, M, Q, K)."""
+    batch_size, num_queries, num_heads, head_dim = q_BQHK.shape
+    grouped_shape = (batch_size, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    return (q_BQHK * head_dim**-0.5).reshape(grouped_shape).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(x_BGMQK: jax.Array) -> jax.Array:
+    """The inverse of `_group`'s order: (B, Q, H, K)."""
+    batch_size, _, _, num_queries, head_dim = x_BGMQK.shape
+    return x_BGMQK.transpose(0, 3, 1, 2, 4).reshape(batch_size, num_queries, -1, head_dim)
 
 
 def _attend(
-    q_BQHK: jax.Array,
-    k_BLGK: jax.Array,
-    v_BLGK: jax.Array,
+    q_BGMQK: jax.Array,
+    k_BGLK: jax.Array,
+    v_BGLK: jax.Array,
     slots_Q: jax.Array | np.ndarray,
     segment_ids_BQ: jax.Array | None,
     segment_ids_BL: jax.Array | None,
 ) -> jax.Array:
-    """Softmax attention of queries at slots_Q to slots 0 .. L - 1; softmax in float32."""
-    batch_size, num_queries, num_heads, head_dim = q_BQHK.shape
-    num_keys, num_kv_heads = k_BLGK.shape[1:3]
-    grouped_shape = (batch_size, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    q_BQGMK = (q_BQHK * head_dim**-0.5).reshape(grouped_shape)  # M query heads share one head of keys
-    logits = jnp.einsum("BQGMK,BLGK->BGMQL", q_BQGMK, k_BLGK, preferred_element_type=jnp.float32)
-
-    visible = jnp.arange(num_keys) <= slots_Q[:, None]
+    """Softmax attention of scaled queries at slots_Q to slots 0 .. L - 1, (B, G, M, Q, K); softmax in float32."""
+    logits = jnp.einsum("BGMQK,BGLK->BGMQL", q_BGMQK, k_BGLK, preferred_element_type=jnp.float32)
+    visible = jnp.arange(k_BGLK.shape[2]) <= slots_Q[:, None]
     if segment_ids_BQ is not None:
         visible = visible & (segment_ids_BQ[:, :, None] == segment_ids_BL[:, None, :])[:, None, None]
     logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(q_BQHK.dtype)
-    return jnp.einsum("BGMQL,BLGK->BQGMK", weights, v_BLGK).reshape(q_BQHK.shape)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q_BGMQK.dtype)
+    return jnp.einsum("BGMQL,BGLK->BGMQK", weights, v_BGLK)
 
 
 XLA = AttentionBackend("xla", xla_attention, frozenset({"cpu", "gpu", "tpu"}))

@@ -1,8 +1,10 @@
-"""Which slots of every token something is done for."""
+"""Slots: how those of a token lie among each other, and which of them something is done for."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -32,9 +34,29 @@ class SlotRange:
         """Picks the range's slots out of (B, S, ...), as (B, S / period * count, ...); B may be 1."""
         if self.is_all:
             return x_BS
-        batch_size, num_slots, *rest = x_BS.shape
-        grouped = x_BS.reshape(batch_size, num_slots // self.period, self.period, *rest)
-        return grouped[:, :, self.start : self.stop].reshape(batch_size, -1, *rest)
+        return interleave([x_BS[:, slot :: self.period] for slot in range(self.start, self.stop)])
 
 
 ALL_SLOTS = SlotRange(1, 0, 1)
+
+
+def interleave(parts: Sequence[jax.Array]) -> jax.Array:
+    """Lays out arrays of (B, T, ...) slot by slot, as (B, len(parts) * T, ...): the first of each, then the second ...
+
+    Each is spread out by itself and all are added. Stacking them on an axis of their own and merging that with T says
+    the same, but a TPU tiles the last two axes of an array, so that it would have to be laid out anew, twice.
+    """
+    count = len(parts)
+    if count == 1:
+        return parts[0]
+
+    def spread(part: jax.Array, place: int) -> jax.Array:
+        padding = [(0, 0, 0), (place, count - 1 - place, count - 1), *[(0, 0, 0)] * (part.ndim - 2)]
+        return jax.lax.pad(part, jnp.zeros((), part.dtype), padding)
+
+    return sum(spread(part, place) for place, part in enumerate(parts))
+
+
+def split(x_BS: jax.Array, count: int) -> list[jax.Array]:
+    """The inverse of `interleave`: (B, count * T, ...) to `count` arrays of (B, T, ...)."""
+    return [x_BS[:, place::count] for place in range(count)]

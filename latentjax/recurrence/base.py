@@ -42,13 +42,17 @@ class Recurrence(abc.ABC):
     def passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
         """The passes of one training forward, in order: how many slots per token each feeds to the backbone."""
 
+    def kept_slots(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """How many slots per token of each of `passes` are read afterwards: the last layer computes no others."""
+        return self.passes(num_jacobi_iterations)
+
     def token_forwards(self, num_jacobi_iterations: int) -> int:
         """Slots through the backbone per token in one training forward: the method's cost next to vanilla's 1."""
         return sum(self.passes(num_jacobi_iterations))
 
-    def trained_passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
-        """Those of `passes` that gradients flow through."""
-        return self.passes(num_jacobi_iterations)
+    def num_trained_passes(self, num_jacobi_iterations: int) -> int:
+        """How many of `passes`, the last ones, gradients flow through."""
+        return len(self.passes(num_jacobi_iterations))
 
     @abc.abstractmethod
     def forward(

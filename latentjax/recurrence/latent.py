@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.layers import shard_activation
-from latentjax.models.slots import SlotRange
+from latentjax.models.slots import SlotRange, interleave, split
 from latentjax.recurrence.base import Recurrence
 
 
@@ -49,9 +49,15 @@ class Latent(Recurrence):
         slots = self.slots_per_token
         return (*range(1, slots), *[slots] * (num_jacobi_iterations + 1))
 
-    def trained_passes(self, num_jacobi_iterations: int) -> tuple[int, ...]:
-        """The last `backprop_passes`, or all."""
-        return self.passes(num_jacobi_iterations)[-self.backprop_passes :]
+    def kept_slots(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """All while growing, then the thoughts, then the prediction slot."""
+        growing = range(1, self.slots_per_token)
+        return (*growing, *[self.num_latent_thoughts] * num_jacobi_iterations, 1)
+
+    def num_trained_passes(self, num_jacobi_iterations: int) -> int:
+        """`backprop_passes`, or all."""
+        num_passes = len(self.passes(num_jacobi_iterations))
+        return min(self.backprop_passes, num_passes) if self.backprop_passes else num_passes
 
     def forward(
         self,
@@ -69,27 +75,27 @@ class Latent(Recurrence):
         first_kept = num_passes - self.backprop_passes if self.backprop_passes else 0
 
         def apply_pass(
-            backbone: nn.Module, z_BTCD: jax.Array, keep: bool, start: int = 0, stop: int | None = None
+            backbone: nn.Module, z_BQD: jax.Array | None, keep: bool, start: int = 0, stop: int | None = None
         ) -> jax.Array:
-            """One pass over x and however many thoughts there are: outputs (B, T, slots, D) of slots start .. stop."""
-            slots_BTSD = jnp.concatenate([x_BTD[:, :, None], z_BTCD], axis=2)
+            """One pass over x and the thoughts there are; its outputs at slots start .. stop - 1 of every token."""
+            thoughts = [] if z_BQD is None else split(z_BQD, z_BQD.shape[1] // x_BTD.shape[1])
+            x_BSD = interleave([x_BTD, *thoughts])
             if not keep:
-                slots_BTSD = jax.lax.stop_gradient(slots_BTSD)
-            batch_size, num_tokens, slots, width = slots_BTSD.shape
-            x_BSD = shard_activation(slots_BTSD.reshape(batch_size, num_tokens * slots, width), "batch", "slots", None)
+                x_BSD = jax.lax.stop_gradient(x_BSD)
+            slots = 1 + len(thoughts)
             kept = SlotRange(slots, start, slots if stop is None else stop)
+            x_BSD = shard_activation(x_BSD, "batch", "slots", None)
             h_BQD, _ = backbone(x_BSD, _repeat(positions_BT, slots), _repeat(segment_ids_BT, slots), kept=kept)
-            h_BTSD = h_BQD.reshape(batch_size, num_tokens, kept.count, width)
-            return h_BTSD if keep else jax.lax.stop_gradient(h_BTSD)
+            return h_BQD if keep else jax.lax.stop_gradient(h_BQD)
 
-        z_BTCD = x_BTD[:, :, :0].reshape(*x_BTD.shape[:2], 0, x_BTD.shape[2])
+        z_BQD = None
         for k in range(num_thoughts):
             # The pass that appends thought k + 1 also refines those before it.
-            z_BTCD = apply_pass(backbone, z_BTCD, keep=k >= first_kept)
+            z_BQD = apply_pass(backbone, z_BQD, keep=k >= first_kept)
 
-        def refine(backbone: nn.Module, z_BTCD: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
-            new_BTCD = apply_pass(backbone, z_BTCD, keep, stop=num_thoughts)
-            return new_BTCD, thought_residual(new_BTCD, z_BTCD)
+        def refine(backbone: nn.Module, z_BQD: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
+            new_BQD = apply_pass(backbone, z_BQD, keep, stop=num_thoughts)
+            return new_BQD, thought_residual(new_BQD, z_BQD)
 
         residuals = [jnp.zeros((0,), jnp.float32)]
         num_free = min(max(first_kept - num_thoughts, 0), num_jacobi_iterations)
@@ -97,16 +103,15 @@ class Latent(Recurrence):
             if length == 0:
                 continue
             scanned = nn.scan(
-                lambda backbone, z_BTCD, _, keep=keep: refine(backbone, z_BTCD, keep),
+                lambda backbone, z_BQD, _, keep=keep: refine(backbone, z_BQD, keep),
                 variable_broadcast="params",
                 split_rngs={"params": False},
                 length=length,
             )
-            z_BTCD, residual_R = scanned(backbone, z_BTCD, None)
+            z_BQD, residual_R = scanned(backbone, z_BQD, None)
             residuals.append(residual_R)
 
-        h_BTSD = apply_pass(backbone, z_BTCD, keep=True, start=num_thoughts)
-        return h_BTSD[:, :, 0], jnp.concatenate(residuals)
+        return apply_pass(backbone, z_BQD, keep=True, start=num_thoughts), jnp.concatenate(residuals)
 
     def decode(
         self,
@@ -128,10 +133,10 @@ class Latent(Recurrence):
         return h_B1D[:, 0], cache
 
 
-def thought_residual(new_BTCD: jax.Array, old_BTCD: jax.Array) -> jax.Array:
+def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
     """The RMS of the change over the RMS of the new thoughts: a float32 scalar, 0 at the fixed point."""
-    new_BTCD, old_BTCD = (jax.lax.stop_gradient(z).astype(jnp.float32) for z in (new_BTCD, old_BTCD))
-    return jnp.sqrt(jnp.mean(jnp.square(new_BTCD - old_BTCD)) / jnp.mean(jnp.square(new_BTCD)))
+    new_BQD, old_BQD = (jax.lax.stop_gradient(z).astype(jnp.float32) for z in (new_BQD, old_BQD))
+    return jnp.sqrt(jnp.mean(jnp.square(new_BQD - old_BQD)) / jnp.mean(jnp.square(new_BQD)))
 
 
 def _repeat(ids_BT: jax.Array | None, slots: int) -> jax.Array | None:

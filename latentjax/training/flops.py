@@ -1,8 +1,9 @@
 """Model FLOPs and what devices could do: the one place that MFU comes from.
 
-Counted are the matrix products that the method needs: the passes of the recurrence, attention at half (causal), the
-head once per token, and twice a forward for the backward of every pass that gradients flow through. Not counted are
-recomputation, norms, softmax and the optimizer (the convention of PaLM, arXiv 2204.02311, appendix B).
+Counted are the matrix products that the method needs: the passes of the recurrence, without what the last layer of a
+pass would compute for slots that nobody reads, attention at half (causal), the head once per token, and twice a forward
+for the backward of every pass that gradients flow through. Not counted are recomputation, norms, softmax and the
+optimizer (the convention of PaLM, arXiv 2204.02311, appendix B).
 """
 
 import time
@@ -12,22 +13,7 @@ import jax.numpy as jnp
 
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import Recurrence
-
-# Dense bfloat16 FLOP/s of one device, by the start of jax's device_kind; from the makers' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from latentjax.training.hardware import chip_of
 
 
 def forward_flops_per_slot(spec: ModelSpec, num_slots: int) -> float:
@@ -35,8 +21,30 @@ def forward_flops_per_slot(spec: ModelSpec, num_slots: int) -> float:
     qkv = spec.hidden_size * (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim
     out = spec.num_heads * spec.head_dim * spec.hidden_size
     mlp = (3 if spec.architecture == "llama" else 2) * spec.hidden_size * spec.intermediate_size
-    attention = 2 * spec.num_heads * spec.head_dim * num_slots / 2  # scores and weighted values
-    return 2.0 * spec.num_layers * (qkv + out + mlp + attention)
+    attention = causal_attention_flops(spec.num_heads * num_slots, spec.head_dim)
+    return spec.num_layers * (2.0 * (qkv + out + mlp) + attention)
+
+
+def pass_flops_per_token(spec: ModelSpec, slots: int, kept: int, sequence_length: int) -> float:
+    """FLOPs of one pass over `slots` slots per token of a sequence, of which `kept` are read afterwards.
+
+    Of the others the last layer makes keys and values alone.
+    """
+    num_slots = slots * sequence_length
+    without_keys = spec.hidden_size * spec.num_heads * spec.head_dim * 2  # query and output
+    without_keys += (3 if spec.architecture == "llama" else 2) * spec.hidden_size * spec.intermediate_size
+    spared = 2.0 * without_keys + causal_attention_flops(spec.num_heads * num_slots, spec.head_dim)
+    return slots * forward_flops_per_slot(spec, num_slots) - (slots - kept) * spared
+
+
+def causal_attention_flops(num_scores: float, head_dim: int, num_products: int = 2) -> float:
+    """FLOPs of causal attention, which needs half of its scores.
+
+    Args:
+      num_scores: pairs of a query and a key, over all heads, visible or not.
+      num_products: matrix products with a score matrix on one side; forward: scores, and weighted values.
+    """
+    return 2.0 * num_products * num_scores * head_dim / 2
 
 
 def train_flops_per_token(
@@ -44,11 +52,10 @@ def train_flops_per_token(
 ) -> float:
     """Model FLOPs of a training step, per token: forward and backward."""
 
-    def passes_flops(passes: tuple[int, ...]) -> float:
-        return sum(slots * forward_flops_per_slot(spec, slots * sequence_length) for slots in passes)
-
-    forward = passes_flops(recurrence.passes(num_jacobi_iterations))
-    backward = 2 * passes_flops(recurrence.trained_passes(num_jacobi_iterations))
+    passes, kept = recurrence.passes(num_jacobi_iterations), recurrence.kept_slots(num_jacobi_iterations)
+    flops = [pass_flops_per_token(spec, *each, sequence_length) for each in zip(passes, kept, strict=True)]
+    forward = sum(flops)
+    backward = 2 * sum(flops[-recurrence.num_trained_passes(num_jacobi_iterations) :])
     head = 3 * 2.0 * spec.hidden_size * spec.vocab_size
     return forward + backward + head
 
@@ -60,9 +67,8 @@ def peak_flops(device: jax.Device) -> float | None:
     """
     if device.platform == "cpu":
         return _measured_matmul_flops(device)
-    # The longest match, so that "TPU v5 lite" is not taken for "TPU v5".
-    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    chip = chip_of(device.device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 def _measured_matmul_flops(device: jax.Device) -> float:

@@ -7,7 +7,8 @@ import pytest
 from tiny import language_model, params_of
 
 from latentjax.recurrence.methods import make_recurrence
-from latentjax.training.flops import PEAK_FLOPS, forward_flops_per_slot, peak_flops, train_flops_per_token
+from latentjax.training.flops import forward_flops_per_slot, pass_flops_per_token, peak_flops, train_flops_per_token
+from latentjax.training.hardware import CHIPS
 
 
 def matmul_flops(jaxpr) -> float:
@@ -38,10 +39,15 @@ def test_forward_flops_are_those_of_the_program(architecture: str, num_thoughts:
     )(params_of(model))
 
     counted = 2.0 * spec.hidden_size * spec.vocab_size  # the head
-    for slots in recurrence.passes(num_iterations):
-        # So short a sequence is one chunk of queries, which computes the masked half of attention as well.
-        masked_half = 2.0 * spec.num_layers * spec.num_heads * spec.head_dim * slots * length
-        counted += slots * (forward_flops_per_slot(spec, slots * length) + masked_half)
+    passes, all_kept = recurrence.passes(num_iterations), recurrence.kept_slots(num_iterations)
+    for n, (slots, kept) in enumerate(zip(passes, all_kept, strict=True)):
+        counted += pass_flops_per_token(spec, slots, kept, length)
+        # So short a sequence is one chunk of queries, which meets all keys up to its last slot, not half.
+        is_refining = kept < slots and n < len(passes) - 1
+        seen = slots * length - (1 if is_refining else 0)
+        scores = (spec.num_layers - 1) * slots * slots * length + kept * seen
+        half = ((spec.num_layers - 1) * slots + kept) * slots * length / 2
+        counted += 4.0 * spec.num_heads * spec.head_dim * (scores - half)
     assert counted * batch_size * length == matmul_flops(traced.jaxpr)
 
 
@@ -56,7 +62,7 @@ def test_passes_without_gradients_have_no_backward():
     last = language_model(1, backprop_passes=1)
     flops = [train_flops_per_token(model.spec, make_recurrence(model.recurrence_spec), 64, 3) for model in (full, last)]
     # Passes over 1, 2, 2, 2, 2 slots; the last alone is differentiated.
-    saved = 2 * (forward_flops_per_slot(full.spec, 64) + 3 * 2 * forward_flops_per_slot(full.spec, 128))
+    saved = 2 * (forward_flops_per_slot(full.spec, 64) + 3 * pass_flops_per_token(full.spec, 2, 1, 64))
     assert flops[0] - flops[1] == pytest.approx(saved)
 
 
@@ -68,9 +74,9 @@ class _Device:
 
 
 def test_peak_by_the_longest_matching_name():
-    assert peak_flops(_Device("TPU v5 lite")) == PEAK_FLOPS["TPU v5 lite"]
-    assert peak_flops(_Device("TPU v5p")) == PEAK_FLOPS["TPU v5p"]
-    assert peak_flops(_Device("NVIDIA H100 80GB HBM3")) == PEAK_FLOPS["NVIDIA H100"]
+    assert peak_flops(_Device("TPU v5 lite")) == CHIPS["TPU v5 lite"].peak_flops
+    assert peak_flops(_Device("TPU v5p")) == CHIPS["TPU v5p"].peak_flops
+    assert peak_flops(_Device("NVIDIA H100 80GB HBM3")) == CHIPS["NVIDIA H100"].peak_flops
     assert peak_flops(_Device("TPU v99")) is None
 
 
