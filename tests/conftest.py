@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,15 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import recipes
 
     return recipes.trained(tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture
+def tpu_topology(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Describes TPUs that are not there, to compile for: (name, **options) -> topology; skips without libtpu."""
+    libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to be asked about itself
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may be compiling: no chip is shared
+    monkeypatch.setenv("TPU_LIBRARY_PATH", libtpu.get_library_path())
+    from jax.experimental import topologies
+
+    return lambda name, **options: topologies.get_topology_desc(name, platform="tpu", **options)

@@ -29,7 +29,7 @@ def evaluate(
     steps_of_sets = {name: [eval_step(params, batch) for batch in batches] for name, batches in batches_of_sets.items()}
     # Only now waited for, and then added in float64: the same whatever the number of batches in flight.
     sums_of_sets = {
-        name: [{key: float(value) for key, value in each.items()} for each in steps]
+        name: [{key: float(value) for key, value in each.items()} for each in jax.device_get(steps)]
         for name, steps in steps_of_sets.items()
     }
     everything = [each for sums in sums_of_sets.values() for each in sums]

@@ -50,6 +50,7 @@ class Run:
     num_params: int
     start_step: int
     earlier_seconds: float  # wall time that the run had before this start
+    start_clock: "StartClock"
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -89,7 +90,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
     try:
         # Until here nothing would be lost: signals did what they always do.
         with stop:
-            with contextlib.closing(_train_batches(run)) as batches:
+            with contextlib.closing(_train_batches(run)) as batches, programs.memory_errors("training"):
                 state, step = _steps(run, batches, log, progress, stop)
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
             run.checkpoints.close()
@@ -108,6 +109,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
 
 def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
+    start_clock = StartClock()
     sources = open_sources(
         config.data, progress=processes.is_first(), needs_evaluation=config.train.eval_every_steps > 0
     )
@@ -119,6 +121,7 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     encode_prompts(
         sources.tokenizer, config.train.sample_prompts, config.train.sample_tokens, config.model.max_position_embeddings
     )
+    start_clock.note("opening the data")
     mesh = make_mesh(config, jax.devices())
     programs.use_compilation_cache(config.train.compilation_cache)
     model = programs.make_model(config, mesh)
@@ -137,7 +140,9 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
         f"{sources.description}"
     )
     if checkpoints.latest_step is None:
-        state, start_step, earlier_seconds = create_state(model, optimizer, mesh, config.train.seed), 0, 0.0
+        start_step, earlier_seconds = 0, 0.0
+        with programs.memory_errors("initialising the parameters"):
+            state = jax.block_until_ready(create_state(model, optimizer, mesh, config.train.seed))
     else:
         state, notes = checkpoints.restore(abstract)
         start_step, earlier_seconds = int(notes["step"]), notes["wall_seconds"]
@@ -148,6 +153,7 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
             )
         processes.say(f"resuming after step {start_step} of {config.train.num_steps}")
 
+    start_clock.note("making the state")
     run = Run(
         config=config,
         workdir=workdir,
@@ -162,15 +168,17 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
         num_params=num_params,
         start_step=start_step,
         earlier_seconds=earlier_seconds,
+        start_clock=start_clock,
     )
     if start_step < config.train.num_steps:
         began = time.monotonic()
         iterations = ", ".join(map(str, programs.distinct_iterations(model)))
         processes.say(f"compiling the step for R = {iterations}")
-        run.train_steps = programs.compile_train_steps(config, model, mesh, abstract)
-        if config.train.eval_every_steps:
-            run.eval_step = programs.compile_eval_step(config, model, mesh, abstract)
+        evaluates = config.train.eval_every_steps > 0
+        run.train_steps, run.eval_step = programs.compile_programs(config, model, mesh, abstract, evaluates)
+        processes.wait_for_all("compiled")
         processes.say(f"compiled in {time.monotonic() - began:.1f} s")
+        start_clock.note("compiling")
     return run
 
 
@@ -188,6 +196,9 @@ def _steps(
         if run.recurrence.uses_jacobi_iterations:
             num_iterations = draw_jacobi_iterations(config.recurrence.train_jacobi_iterations, train.seed, step)
         state, metrics = run.train_steps[num_iterations](state, next(batches))
+        if step == run.start_step:
+            jax.block_until_ready(metrics)
+            progress.note(run.start_clock.first_step())
         # Only now, with the next step under way, are the numbers of the one before waited for.
         recorder.write()
         recorder.advance(num_iterations)
@@ -241,6 +252,27 @@ def _evaluate(run: Run, params: Any) -> dict[str, float]:
         return put_ahead(of_process, run.mesh, data.device_prefetch, rows=rows, batch_size=data.batch_size)
 
     return evaluate(run.eval_step, params, {name: batches(row) for name, row in sources.eval_sets.items()})
+
+
+class StartClock:
+    """Tells where the time goes from its making to the end of the first step."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._parts: list[str] = []
+        self.seconds_to_first_step: float | None = None
+
+    def note(self, part: str) -> None:
+        """Ends a part of the start."""
+        now = time.monotonic()
+        self._parts.append(f"{part} {now - self._last:.1f} s")
+        self._last = now
+
+    def first_step(self) -> str:
+        """Ends the last part; returns a line about all of them."""
+        self.note("first batch and step")
+        self.seconds_to_first_step = self._last - self._began
+        return f"first step after {self.seconds_to_first_step:.1f} s: {', '.join(self._parts)}"
 
 
 class _Recorder:
@@ -305,6 +337,8 @@ def _summary(run: Run, log: MetricsLog) -> dict[str, Any]:
         **evaluation,
         "parameters": run.num_params,
         "wall_seconds": round(run.wall_seconds, 1),
+        # Of the last start; None where no step was left to do.
+        "seconds_to_first_step": run.start_clock.seconds_to_first_step,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "mesh": dict(run.mesh.shape),
         "versions": run_directory.package_versions(),

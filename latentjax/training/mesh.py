@@ -1,12 +1,13 @@
 """The device mesh and the one table that says what is sharded along it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -74,22 +75,64 @@ def check_divisible(config: ConfigDict, shape: Sequence[int]) -> None:
     ]  # fmt: skip
     for name, number, divisor, axes in demands:
         if number % divisor:
-            raise UserError(f"{name} is {number}, which {axes} = {divisor} does not divide: change one of them")
+            mend = "change one of them"
+            if name == "model.vocab_size":
+                # Rows beyond the tokenizer's are harmless, so there is always an easy way out.
+                mend = f"raise it to {-(-number // divisor) * divisor}, or change mesh.tensor"
+            raise UserError(f"{name} is {number}, which {axes} = {divisor} does not divide: {mend}")
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
     """Arranges devices into the mesh that the config asks for, neighbours on the innermost axes.
 
+    TPU slices lie one after another along the `replica` axis: every other axis stays within a slice, whose chips a fast
+    network connects. With mesh.replica a multiple of the number of slices, each slice holds several replicas. GPUs of
+    several nodes keep the order of their ids, so the innermost axes stay within a node as far as they fit.
+
     Raises:
-      UserError: the sizes do not fit the devices, or the model and batch do not fit the sizes.
+      UserError: the sizes do not fit the devices or their slices, or the model and batch do not fit the sizes.
     """
     shape = mesh_shape(config.mesh, len(devices))
     check_divisible(config, shape)
+    slices = _slices(devices)
+    check_slices(shape, [len(each) for each in slices])
+    replicas, *rest = shape
+    arranged = [_arrange((replicas // len(slices), *rest), each) for each in slices]
     # Sharding is left to the compiler and steered by constraints: Auto axes, on every jax version.
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return Mesh(np.concatenate(arranged), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def check_slices(shape: Sequence[int], sizes: Sequence[int]) -> None:
+    """Checks that a mesh of this shape can be laid over slices of these numbers of devices.
+
+    Raises:
+      UserError: says which mesh.replica is needed.
+    """
+    count, replicas = len(sizes), shape[AXES.index("replica")]
+    if len(set(sizes)) > 1:
+        raise UserError(f"the slices have {', '.join(map(str, sizes))} devices: a mesh needs slices of one size")
+    if replicas % count:
+        raise UserError(
+            f"the devices are in {count} slices, over which mesh.replica={replicas} does not spread: set mesh.replica="
+            f"{count} or a multiple of it, so that only gradients cross the slow network between slices"
+        )
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each TPU slice; of anything else, all of them: what GPUs call a slice is a node."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(index, []).append(device)
+    return [slices[index] for index in sorted(slices)]
+
+
+def _arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices that one fast network connects, as an array of this shape."""
     if len(devices) == 1:
-        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return np.asarray(devices).reshape(shape)
+    # An axis of the chips' torus is split only where the mesh fits no other way; without leave to, that is an error.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def shardings_of(boxed: Any, mesh: Mesh) -> Any:
@@ -117,6 +160,18 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.array(sorted(rows), np.int64)
 
 
+def put_shards(
+    shape: tuple[int, ...], sharding: NamedSharding, shard: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """Makes a global array of what `shard(index)` returns for the part that each device of this process holds.
+
+    As `jax.make_array_from_callback`, but an explicit transfer, so that loops can forbid all others.
+    """
+    indices = sharding.addressable_devices_indices_map(shape)
+    shards = jax.device_put([shard(index) for index in indices.values()], list(indices))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
 def put_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, rows: np.ndarray | None = None, batch_size: int | None = None
 ) -> dict[str, jax.Array]:
@@ -137,6 +192,6 @@ def put_batch(
             place = int(np.searchsorted(rows, start))
             return array[place : place + stop - start]
 
-        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+        return put_shards((batch_size, *array.shape[1:]), sharding, shard)
 
     return {name: global_array(array) for name, array in batch.items()}

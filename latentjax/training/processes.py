@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latentjax.errors import UserError
+from latentjax.training.mesh import put_shards
 from latentjax.training.signals import StopRequest
 
 Result = TypeVar("Result")
@@ -24,6 +25,7 @@ Result = TypeVar("Result")
 # runs in an allocation without srun is one process.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
 _MESSAGE_BYTES = 4096
+_PATIENCE_MS = 3_600_000  # one process may find in the cache what another compiles
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -100,12 +102,23 @@ class StopAgreement:
         if jax.process_count() == 1:
             return self._stop.requested
         own = np.full((1,), self._stop.requested, np.int32)  # of each device of this process
-        asked = jax.make_array_from_callback((self._mesh.size,), self._sharding, lambda place: own)
+        asked = put_shards((self._mesh.size,), self._sharding, lambda place: own)
         before, self._asked = self._asked, self._any(asked)
-        if before is None or not int(before):
+        if before is None or not int(jax.device_get(before)):
             return False
         self._stop.note_others()
         return True
+
+
+def wait_for_all(moment: str) -> None:
+    """Returns when every process has come here; `moment` is a name that each of them uses once.
+
+    They wait for each other over the connection that `start` made, as long as it takes. Between devices, the first
+    collective of a program waits half a minute for those that are still compiling, and then fails (gloo).
+    """
+    from orbax.checkpoint import multihost  # slow to import, and only here
+
+    multihost.get_barrier_sync_fn()(key=f"latentjax {moment}", timeout_ms=_PATIENCE_MS)
 
 
 def is_first() -> bool:

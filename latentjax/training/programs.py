@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,25 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from latentjax.errors import UserError
 from latentjax.models.attention import choose_backend
+from latentjax.models.attention_backend import AttentionRequest, compute_capability
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
+from latentjax.training.compiler_options import options_for
 from latentjax.training.mesh import RULES, batch_sharding, replicated
 from latentjax.training.optimizer import learning_rate_schedule, make_optimizer
 from latentjax.training.state import TrainState
 from latentjax.training.step import Metrics, make_eval_step, make_train_step
+
+_HOW_TO_SAVE_MEMORY = (
+    "raise train.gradient_accumulation_steps or mesh.fsdp, set model.remat=keep_layer_inputs, set a smaller "
+    "train.loss_chunk_tokens, or lower data.batch_size"
+)
+
+TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
 
 
 def use_compilation_cache(directory: str) -> None:
@@ -64,8 +75,16 @@ def make_model(config: ConfigDict, mesh: Mesh) -> LanguageModel:
     Raises:
       UserError: a backend was asked for that cannot serve there.
     """
-    backend = choose_backend(config.model.attention, mesh.devices.flat[0].platform)
-    spec = dataclasses.replace(ModelSpec(**config.model), attention=backend)
+    device, spec = mesh.devices.flat[0], ModelSpec(**config.model)
+    request = AttentionRequest(
+        platform=device.platform,
+        mask_documents=config.data.mask_documents,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        sequence_shards=mesh.shape["sequence"],
+        compute_capability=compute_capability(device),
+    )
+    spec = dataclasses.replace(spec, attention=choose_backend(spec.attention, request))
     return LanguageModel(spec, RecurrenceSpec(**config.recurrence))
 
 
@@ -91,28 +110,8 @@ def lower_train_step(
         return jitted.lower(state, abstract_batch(config, mesh))
 
 
-def compile_train_steps(
-    config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState
-) -> dict[int, Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]]:
-    """Compiles the train step for every R that can be drawn, in parallel.
-
-    Args:
-      state: abstract, with shardings.
-
-    Returns:
-      {R: step}, see `lower_train_step`.
-    """
-
-    def compile_one(num_jacobi_iterations: int) -> Callable:
-        return lower_train_step(config, model, mesh, state, num_jacobi_iterations).compile()
-
-    iterations = distinct_iterations(model)
-    with ThreadPoolExecutor(max_workers=len(iterations)) as pool:
-        return dict(zip(iterations, pool.map(compile_one, iterations), strict=True))
-
-
-def compile_eval_step(config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState) -> Callable:
-    """Compiles the evaluation step, at the recipe's evaluation R."""
+def lower_eval_step(config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
+    """Traces the evaluation step, at the recipe's evaluation R; `state` is as in `lower_train_step`."""
     evaluate = make_eval_step(
         model,
         num_jacobi_iterations=config.recurrence.num_jacobi_iterations,
@@ -121,4 +120,52 @@ def compile_eval_step(config: ConfigDict, model: LanguageModel, mesh: Mesh, stat
     batch = abstract_batch(config, mesh)
     batch["target_bytes"] = jax.ShapeDtypeStruct(batch["loss_weights"].shape, jnp.int32, sharding=batch_sharding(mesh))
     with sharded_tracing(mesh):
-        return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(state.params, batch).compile()
+        return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(state.params, batch)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles a program for the mesh's devices with the options of their platform.
+
+    Raises:
+      UserError: the compiler sees that the program does not fit the devices' memory.
+    """
+    with memory_errors("compiling the program"):
+        return lowered.compile(compiler_options=options_for(mesh.devices.flat[0].platform))
+
+
+def compile_programs(
+    config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState, evaluates: bool
+) -> tuple[dict[int, TrainStep], Callable[[Any, dict[str, jax.Array]], Metrics] | None]:
+    """Compiles the train step for every R that can be drawn and the evaluation step, in parallel.
+
+    Args:
+      state: abstract, with shardings.
+      evaluates: whether an evaluation step is wanted.
+
+    Returns:
+      {R: step}, see `lower_train_step`, and the evaluation step or None.
+
+    Raises:
+      UserError: a program does not fit the devices' memory.
+    """
+    iterations = distinct_iterations(model)
+    lowerings = [partial(lower_train_step, config, model, mesh, state, each) for each in iterations]
+    if evaluates:
+        lowerings.append(partial(lower_eval_step, config, model, mesh, state))
+    with ThreadPoolExecutor(max_workers=len(lowerings)) as pool:
+        compiled = list(pool.map(lambda lower: compile_lowered(lower(), mesh), lowerings))
+    return dict(zip(iterations, compiled, strict=False)), compiled[-1] if evaluates else None
+
+
+@contextlib.contextmanager
+def memory_errors(doing: str) -> Iterator[None]:
+    """Turns the devices' running out of memory while `doing` something into a `UserError`; other errors pass."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        _, found, reason = str(error).partition("RESOURCE_EXHAUSTED")
+        if not found:
+            raise
+        # The first line says how much was wanted; those behind it list buffers.
+        reason = (reason.strip(" :\n").splitlines() or ["nothing more is known"])[0][:200]
+        raise UserError(f"out of device memory while {doing} ({reason.rstrip('. ')}): {_HOW_TO_SAVE_MEMORY}") from error

@@ -1,16 +1,24 @@
 """What a whole run leaves behind, and what it does not depend on."""
 
+import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
 from megatron_files import write
 
+from latentjax.errors import UserError
 from latentjax.recurrence.draw import draw_jacobi_iterations
-from latentjax.training.metrics import read_metrics
+from latentjax.training import loop, programs
+from latentjax.training.metrics import MetricsLog, read_metrics
+from latentjax.training.progress import TrainProgress
+from latentjax.training.signals import StopRequest
 
 
 def test_the_log_has_every_step_and_its_keys(whole_run: Path):
@@ -45,6 +53,7 @@ def test_the_other_files_of_a_run(whole_run: Path):
     assert summary["steps"] == 12
     assert (summary["loss"], summary["eval_loss"]) == (last["loss"], last["eval_loss"])
     assert summary["versions"]["jax"]
+    assert 0 < summary["seconds_to_first_step"] < 300
     config = json.loads((whole_run / "config.json").read_text())
     assert config["train"]["num_steps"] == 12
     assert config["recurrence"]["train_jacobi_iterations"] == [1, 2]
@@ -62,21 +71,11 @@ def losses(workdir: Path) -> np.ndarray:
     return np.array([line[key] for line in lines for key in ("loss", "grad_norm", "eval_loss") if key in line])
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        ("mesh.data=8",),
-        ("mesh.data=2", "mesh.fsdp=4"),
-        ("mesh.data=2", "mesh.sequence=4"),
-        ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
-    ],
-)
-def test_losses_do_not_depend_on_the_mesh(whole_run: Path, tmp_path: Path, mesh: tuple[str, ...]):
-    vocabulary = ["model.vocab_size=257"] if "mesh.tensor=2" not in mesh else []
-    # 257 columns do not split in two, so the tensor-sharded run and what it is compared with have 258.
-    workdir = recipes.trained(tmp_path / "run", *mesh, *(vocabulary or ["model.vocab_size=258"]), num_devices=8)
-    reference = whole_run if vocabulary else recipes.trained(tmp_path / "one", "model.vocab_size=258")
-    np.testing.assert_allclose(losses(workdir), losses(reference), atol=1e-5)
+def test_losses_do_not_depend_on_the_mesh(whole_run: Path, tmp_path: Path):
+    """Nor do gradient norms and evaluations; test_mesh_equality.py compares the losses of many meshes."""
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.sequence=2")
+    workdir = recipes.trained(tmp_path / "run", *mesh, num_devices=8)
+    np.testing.assert_allclose(losses(workdir), losses(whole_run), atol=1e-5)
 
 
 def test_a_run_keeps_its_tokenizer(tmp_path: Path):
@@ -94,6 +93,8 @@ def test_a_run_moves_to_another_mesh(whole_run: Path, tmp_path: Path):
     workdir = tmp_path / "run"
     result = recipes.run(workdir, "mesh.fsdp=8", "mesh.data=1", "checkpoint.every_steps=6", num_devices=8)
     assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("first step after ")]
+    assert "compiling" in line and "first batch and step" in line
     last = workdir / "checkpoints" / "12"
     assert last.exists()
     import shutil
@@ -146,3 +147,101 @@ def test_a_mixture_and_several_sets_to_evaluate_on(whole_run: Path, tmp_path: Pa
     summary = json.loads((workdir / "summary.json").read_text())
     evaluation = {key: value for key, value in last.items() if key.startswith(("eval_", "thought_"))}
     assert len(evaluation) == 3 + 4 and evaluation.items() <= summary.items()
+
+
+class StopAfter(StopRequest):
+    """Asks for a stop after so many steps."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.steps_left = steps
+
+    @property
+    def requested(self) -> bool:
+        self.steps_left -= 1
+        return self.steps_left < 0
+
+
+@pytest.fixture
+def plain_steps(tmp_path: Path) -> Callable:
+    """Runs steps that are neither evaluated nor saved: (steps, log_every_steps, change the run) -> final step."""
+
+    def run_steps(steps: int, log_every_steps: int, change: Callable[[loop.Run], None] = lambda run: None) -> int:
+        config = recipes.get_config()
+        config.train.update(num_steps=1000, eval_every_steps=0, sample_every_steps=0, log_every_steps=log_every_steps)
+        config.checkpoint.every_steps = 1000
+        run = loop.prepare_run(config, tmp_path)
+        change(run)
+        guard = contextlib.ExitStack()
+
+        def guarded(compiled: Callable) -> Callable:
+            def step(state, batch):
+                # From the first step on. What is asked for by name is allowed: `device_put` of a batch, `device_get` of
+                # metrics.
+                guard.enter_context(jax.transfer_guard("disallow"))
+                return compiled(state, batch)
+
+            return step
+
+        run.train_steps = {iterations: guarded(compiled) for iterations, compiled in run.train_steps.items()}
+        log, progress = MetricsLog(tmp_path, 0), TrainProgress(0, 1000)
+        batches = loop._train_batches(run)
+        try:
+            with guard:
+                _, step = loop._steps(run, batches, log, progress, StopAfter(steps))
+        finally:
+            batches.close()
+            log.close()
+            run.checkpoints.close()
+        return step
+
+    return run_steps
+
+
+def test_a_plain_step_moves_nothing_but_its_batch(plain_steps: Callable):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="isallowed"), jax.transfer_guard("disallow"):
+        jnp.sin(np.ones(3))  # the guard sees such things here
+    assert plain_steps(8, log_every_steps=2) == 8
+
+
+@pytest.mark.parametrize(
+    ("log_every_steps", "events"),
+    [(1, "s1 s2 r1 s3 r2 s4 r3 s5 r4 r5"), (2, "s1 s2 s3 r2 s4 s5 r4"), (100, "s1 s2 s3 s4 s5")],
+)
+def test_the_next_step_is_under_way_before_metrics_are_read(plain_steps: Callable, log_every_steps: int, events: str):
+    """s: dispatched; r: its numbers are waited for."""
+    found = []
+
+    class Watched:
+        def __init__(self, step: int, value: jax.Array):
+            self.step, self.value = step, value
+
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            if f"r{self.step}" not in found:
+                found.append(f"r{self.step}")
+            return jax.device_get(self.value)
+
+    def watch(run: loop.Run) -> None:
+        def watched(compiled: Callable) -> Callable:
+            def step(state, batch):
+                found.append(f"s{1 + sum(event[0] == 's' for event in found)}")
+                state, metrics = compiled(state, batch)
+                return state, {name: Watched(int(found[-1][1:]), value) for name, value in metrics.items()}
+
+            return step
+
+        run.train_steps = {iterations: watched(compiled) for iterations, compiled in run.train_steps.items()}
+
+    plain_steps(5, log_every_steps, watch)
+    assert " ".join(found) == events
+
+
+def test_out_of_memory_at_a_step_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def step(state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
+
+    monkeypatch.setattr(programs, "compile_programs", lambda *_: ({1: step, 2: step}, None))
+    config = recipes.get_config()
+    with pytest.raises(UserError, match="out of device memory while training .*allocate 12345 bytes.*model.remat") as e:
+        loop.train(config, tmp_path, StopRequest())
+    assert "\n" not in str(e.value)

@@ -1,5 +1,7 @@
 """Mesh shapes and their errors, and which shard of what lies where."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from tiny import language_model
 
 from latentjax.config import default
 from latentjax.errors import UserError
-from latentjax.training.mesh import AXES, check_divisible, make_mesh, mesh_shape, put_batch
+from latentjax.training.mesh import AXES, check_divisible, check_slices, make_mesh, mesh_shape, put_batch
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.state import abstract_state, create_state
 
@@ -62,7 +64,6 @@ def test_shape_that_does_not_fit_the_devices(mesh, num_devices, pattern):
         ({}, {"tensor": 8}, r"model\.num_heads is 4, which mesh\.tensor = 8"),
         ({"num_kv_heads": 2}, {"tensor": 4}, r"model\.num_kv_heads is 2, which mesh\.tensor = 4"),
         ({"intermediate_size": 26}, {"tensor": 4}, r"model\.intermediate_size is 26, which mesh\.tensor = 4"),
-        ({"vocab_size": 31}, {"tensor": 2}, r"model\.vocab_size is 31, which mesh\.tensor = 2"),
     ],
 )
 def test_sizes_that_do_not_divide(change, mesh, pattern):
@@ -74,6 +75,97 @@ def test_sizes_that_do_not_divide(change, mesh, pattern):
     with pytest.raises(UserError, match=pattern + " does not divide: change one of them"):
         check_divisible(config, shape)
     check_divisible(config_with(), [1] * 5)
+
+
+def test_vocabulary_that_does_not_divide():
+    """Says what to raise it to."""
+    config = config_with()
+    config.model.vocab_size = 257
+    with pytest.raises(UserError, match=r"model\.vocab_size is 257, which mesh\.tensor = 4 .* raise it to 260, or"):
+        check_divisible(config, (1, 1, 1, 1, 4))
+    config.model.vocab_size = 260
+    check_divisible(config, (1, 1, 1, 1, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class StandInChip:
+    """What the arrangement of devices asks of one."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(num_slices, platform="tpu"):
+    """Slices of 2 x 2 x 1 chips, in an order that mixes them."""
+    places = [(x, y, 0) for y in range(2) for x in range(2)]
+    made = [
+        StandInChip(4 * index + number, index, place, platform)
+        for number, place in enumerate(places)
+        for index in range(num_slices)
+    ]
+    return made if platform == "tpu" else sorted(made, key=lambda chip: chip.id)
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "mesh"),
+    [
+        (2, {"replica": 2, "fsdp": 4}),
+        (2, {"replica": 4, "fsdp": 2}),
+        (2, {"replica": -1, "tensor": 2, "sequence": 2}),
+        (4, {"replica": 4, "data": 2, "fsdp": -1}),
+    ],
+)
+def test_slices_lie_along_the_replica_axis(num_slices, mesh):
+    """Each slice is a block of it: no other axis leaves a slice."""
+    made = make_mesh(config_with(batch_size=16, **mesh), chips(num_slices))
+    per_slice = made.shape["replica"] // num_slices
+    slice_of = np.vectorize(lambda chip: chip.slice_index)(made.devices)
+    for replica, block in enumerate(slice_of):
+        assert set(block.flat) == {replica // per_slice}
+    assert {chip.id for chip in made.devices.flat} == set(range(4 * num_slices))
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "mesh", "needed"),
+    [(2, {"fsdp": 8}, 2), (2, {"data": -1}, 2), (4, {"replica": 2, "fsdp": 8}, 4)],
+)
+def test_slices_that_replicas_do_not_spread_over(num_slices, mesh, needed):
+    """Says what mesh.replica must be."""
+    config = config_with(batch_size=16, **mesh)
+    pattern = rf"in {num_slices} slices, over which mesh\.replica=\d does not spread: set mesh\.replica={needed} or"
+    with pytest.raises(UserError, match=pattern):
+        make_mesh(config, chips(num_slices))
+    with pytest.raises(UserError, match="the slices have 4, 3 devices"):
+        check_slices((1, 7, 1, 1, 1), [4, 3])
+
+
+def test_nodes_of_gpus_are_no_slices():
+    """They carry the same attribute, but a mesh may be sharded over them; the innermost axes stay in a node."""
+    made = make_mesh(config_with(fsdp=4, tensor=2), chips(2, "gpu"))
+    node_of = np.vectorize(lambda chip: chip.slice_index)(made.devices)
+    np.testing.assert_array_equal(node_of[0, 0, :, 0], [[0, 0], [0, 0], [1, 1], [1, 1]])
+
+
+def test_two_slices_of_tpu(tpu_topology):
+    """As the TPU compiler describes them."""
+    devices = tpu_topology("v5p:2x2x1", num_slices=2).devices
+    made = make_mesh(config_with(replica=2, fsdp=2, tensor=2), devices)
+    assert [{chip.slice_index for chip in block.flat} for block in made.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"set mesh\.replica=2"):
+        make_mesh(config_with(fsdp=8), devices)
+
+
+def test_axes_that_cut_a_torus(tpu_topology):
+    """fsdp=32 has no whole dimensions of 4 x 4 x 4 chips to itself beside tensor=2."""
+    devices = tpu_topology("v5p:4x4x4").devices
+    config = config_with(batch_size=32, fsdp=32, tensor=2)
+    config.model.hidden_size = 64
+    assert make_mesh(config, devices).devices.shape == (1, 1, 32, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +198,24 @@ def test_shards_follow_the_rules(states):
         "embedding/embedding": (16, 4),
         "head/kernel": (4, 16),
         "backbone/final_norm/scale": (16,),
-        "backbone/layers/input_norm/scale": (2, 16),
-        "backbone/layers/mlp_norm/scale": (2, 16),
-        "backbone/layers/query/kernel": (2, 4, 2, 4),
-        "backbone/layers/key/kernel": (2, 4, 1, 4),
-        "backbone/layers/value/kernel": (2, 4, 1, 4),
-        "backbone/layers/attention_out/kernel": (2, 2, 4, 4),
-        "backbone/layers/mlp_gate/kernel": (2, 4, 12),
-        "backbone/layers/mlp_up/kernel": (2, 4, 12),
-        "backbone/layers/mlp_out/kernel": (2, 12, 4),
+        "backbone/layers/input_norm/scale": (1, 16),
+        "backbone/layers/mlp_norm/scale": (1, 16),
+        "backbone/layers/query/kernel": (1, 4, 2, 4),
+        "backbone/layers/key/kernel": (1, 4, 1, 4),
+        "backbone/layers/value/kernel": (1, 4, 1, 4),
+        "backbone/layers/attention_out/kernel": (1, 2, 4, 4),
+        "backbone/layers/mlp_gate/kernel": (1, 4, 12),
+        "backbone/layers/mlp_up/kernel": (1, 4, 12),
+        "backbone/layers/mlp_out/kernel": (1, 12, 4),
+        "backbone/last_layer/input_norm/scale": (16,),
+        "backbone/last_layer/mlp_norm/scale": (16,),
+        "backbone/last_layer/query/kernel": (4, 2, 4),
+        "backbone/last_layer/key/kernel": (4, 1, 4),
+        "backbone/last_layer/value/kernel": (4, 1, 4),
+        "backbone/last_layer/attention_out/kernel": (2, 4, 4),
+        "backbone/last_layer/mlp_gate/kernel": (4, 12),
+        "backbone/last_layer/mlp_up/kernel": (4, 12),
+        "backbone/last_layer/mlp_out/kernel": (12, 4),
     }
     moments = next(part for part in state.opt_state if hasattr(part, "mu"))
     for tree in (state.params, moments.mu, moments.nu):
