@@ -10,6 +10,7 @@ import numpy as np
 
 from latentjax.errors import UserError
 from latentjax.models.attention_backend import AttentionBackend, AttentionRequest, choose
+from latentjax.models.attention_mesh import sequence_shards, shard_attention
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.gpu_attention import CUDNN, TOKAMAX
 from latentjax.models.rotary import rotate
@@ -35,16 +36,30 @@ def xla_attention(
     Returns:
       (B, Q, H, K) in the dtype of q.
     """
+    if sequence_shards() > 1:
+        # Left to itself the compiler would move queries about, so that every device has a part of each chunk.
+        return shard_attention(_in_chunks, q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
+    return _in_chunks(q_BQHK, k_BSGK, v_BSGK, queried.indices(k_BSGK.shape[1]), segment_ids_BS)
+
+
+def _in_chunks(
+    q_BQHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    slots_Q: jax.Array | np.ndarray,
+    segment_ids_BS: jax.Array | None,
+) -> jax.Array:
+    """Attends from queries at slots_Q, as many at a time as QUERY_CHUNK and MAX_CHUNKS say."""
     num_queries = q_BQHK.shape[1]
-    slots_Q = queried.indices(k_BSGK.shape[1])
-    queried_ids_BQ = None if segment_ids_BS is None else queried.take(segment_ids_BS)
+    queried_ids_BQ = None if segment_ids_BS is None else jnp.take(segment_ids_BS, slots_Q, axis=1)
     # Heads first, once for all chunks: else every product of every chunk would lay its operands out anew.
     q_BGMQK, k_BGSK, v_BGSK = _group(q_BQHK, k_BSGK.shape[2]), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
     chunk = max(QUERY_CHUNK, -(-num_queries // MAX_CHUNKS))
     attended = []
     for start in range(0, num_queries, chunk):
         rows = slice(start, start + chunk)
-        seen = slice(0, int(slots_Q[rows][-1]) + 1)  # no query of the chunk sees beyond
+        # No query of the chunk sees beyond its last; where that is known only when the program runs, all are computed.
+        seen = slice(0, int(slots_Q[rows][-1]) + 1 if isinstance(slots_Q, np.ndarray) else None)
         segments = (None, None) if segment_ids_BS is None else (queried_ids_BQ[:, rows], segment_ids_BS[:, seen])
         attended.append(
             _attend(q_BGMQK[:, :, :, rows], k_BGSK[:, :, seen], v_BGSK[:, :, seen], slots_Q[rows], *segments)

@@ -25,7 +25,9 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Returns (B, T, D) in the compute dtype for int token ids."""
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0) * self.scale
+        # Whole rows are gathered for the lookup: were they split along D, all devices would look up every token.
+        table_VD = shard_activation(self.embedding, "act_vocab", None)
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * self.scale
         return shard_activation(x_BTD.astype(self.spec.compute_dtype), "batch", "slots", None)
 
     def transposed(self) -> jax.Array:

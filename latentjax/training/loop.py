@@ -24,6 +24,7 @@ from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.evaluation import EVALUATION_KEYS, evaluate
 from latentjax.training.feeding import put_ahead
 from latentjax.training.flops import peak_flops, train_flops_per_token
+from latentjax.training.host_memory import keep_freed_memory
 from latentjax.training.mesh import make_mesh, rows_of_process
 from latentjax.training.metrics import MetricsLog
 from latentjax.training.optimizer import make_optimizer
@@ -110,6 +111,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
 def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
     start_clock = StartClock()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     sources = open_sources(
         config.data, progress=processes.is_first(), needs_evaluation=config.train.eval_every_steps > 0
     )
