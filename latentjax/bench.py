@@ -1,54 +1,91 @@
-"""`python -m latentjax.bench`: how fast the parts of the framework are, against the plainest way of doing the same.
+"""`python -m latentjax.bench`: how fast the parts of the framework are, as ratios taken in one run.
 
 python -m latentjax.bench data
+python -m latentjax.bench step --config configs/pile_70m.py --thoughts 0 1 2
+python -m latentjax.bench peer --config configs/pile_70m.py
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from latentjax.command_line import LineParser
-from latentjax.data.progress import Progress
+from latentjax.command_line import LineParser, split_overrides
 from latentjax.errors import UserError, run_verb
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+_DOES_NOT_FIT = 3  # status of a process that was to try a batch size
+_LARGEST_BATCH = 1 << 16
 
 
 def _parser() -> LineParser:
     parser = LineParser(
-        prog="python -m latentjax.bench",
-        description="Measure speed, as ratios taken in one run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        prog="python -m latentjax.bench", description="Measure speed, as ratios taken in one run.", allow_abbrev=False
     )
-    parser.add_argument("part", choices=("data",), help="data: preparing stores and reading batches from them")
-    parser.add_argument("--text_megabytes", type=int, default=100, help="text to tokenise")
-    parser.add_argument("--store_megabytes", type=int, default=2000, help="size of the store to read")
-    parser.add_argument("--tokenizer", default="", help="path of one to measure instead of two trained here")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenise")
-    parser.add_argument("--sequence_length", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--batch_size", type=int, default=32, help="windows of a batch")
-    parser.add_argument("--rounds", type=int, default=5, help="times that everything is measured, in turns")
-    parser.add_argument("--directory", type=Path, help="where to put files; unset: a temporary directory")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parts = parser.add_subparsers(dest="part", required=True)
+    settings = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+
+    text = "preparing stores and reading batches from them, against the plainest way of doing the same"
+    data = parts.add_parser("data", help=text, description=text, **settings)
+    data.add_argument("--text_megabytes", type=int, default=100, help="text to tokenise")
+    data.add_argument("--store_megabytes", type=int, default=2000, help="size of the store to read")
+    data.add_argument("--tokenizer", default="", help="path of one to measure instead of two trained here")
+    data.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenise")
+    data.add_argument("--sequence_length", type=int, default=2048, help="tokens of a window")
+    data.add_argument("--batch_size", type=int, default=32, help="windows of a batch")
+    data.add_argument("--rounds", type=int, default=5, help="times that everything is measured, in turns")
+    data.add_argument("--directory", type=Path, help="where to put files; unset: a temporary directory")
+
+    text = "training steps of every R that a recipe draws, next to the work that they do; on random tokens"
+    step = parts.add_parser("step", help=text, description=text, **settings)
+    step.add_argument("--thoughts", type=int, nargs="+", default=[], metavar="C", help="in place of the recipe's")
+
+    text = "training steps against the same ones in PyTorch, on the stock GPT-NeoX model of transformers"
+    peer = parts.add_parser("peer", help=text, description=text, **settings)
+    peer.add_argument("--largest_batch", action="store_true", help="also seek the largest batch that fits each (GPU)")
+    peer.add_argument("--fits", choices=("ours", "peer"), help=argparse.SUPPRESS)  # tries one batch size, in a process
+    peer.add_argument("--variant", default="", help="of the peer, as its output names it; unset: the fastest")
+    for part in (step, peer):
+        part.add_argument("--config", required=True, help="a recipe; its knobs are set with --config.GROUP.KEY=VALUE")
+        part.add_argument("--rounds", type=int, default=5, help="turns that every program has")
+        part.add_argument("--steps", type=int, default=2, help="training steps of a turn")
+    for part in (data, step, peer):
+        part.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the verb; returns 1 if a promised figure is missed.
+    """Runs the verb; returns 1 if a promised figure is missed or no largest batch was found.
 
     Raises:
-      UserError: anything wrong with the flags.
+      UserError: anything wrong with the flags or the config.
     """
-    flags = _parser().parse_args(argv)
-    for name in ("text_megabytes", "store_megabytes", "num_workers", "sequence_length", "batch_size", "rounds"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(flags, name)}")
+    arguments, overrides = split_overrides(argv)
+    flags = _parser().parse_args(arguments)
+    for name, value in vars(flags).items():
+        if type(value) is int and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    if flags.part == "data":
+        if overrides:
+            raise UserError(f"--config.{overrides[0]}: bench data reads no config")
+        return _bench_data(flags)
+    return (_bench_step if flags.part == "step" else _bench_peer)(flags, overrides)
+
+
+def _bench_data(flags: argparse.Namespace) -> int:
     # Here and not above: the processes that are measured import this module too.
     from latentjax.data.benchmark import as_json, benchmark_memory, benchmark_reading, benchmark_tokenising, write_store
+    from latentjax.data.progress import Progress
 
     progress, sources = Progress(True), Path(sysconfig.get_path("stdlib"))
     if flags.directory is not None:
@@ -63,13 +100,214 @@ def main(argv: Sequence[str]) -> int:
             sources, directory, flags.text_megabytes, flags.num_workers, flags.tokenizer, flags.rounds, progress
         )
     if flags.json:
-        json.dump([as_json(result) for result in results], sys.stdout, indent=2)
-        print()
+        _print_json([as_json(result) for result in results])
     else:
         print(f"{'':<58} {'ours':>10} {'theirs':>10} {'':<10} {'ratio':>6}  promised")
         for result in results:
             print(result.line())
     return 0 if all(result.holds for result in results) else 1
+
+
+def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    negative = [count for count in flags.thoughts if count < 0]
+    if negative:
+        raise UserError(f"--thoughts: C must be at least 0, not {negative[0]}")
+    config = _load(flags, overrides)
+    from latentjax.training import processes
+
+    processes.start(None, None, None)
+    from latentjax.training import step_benchmark
+
+    results = step_benchmark.benchmark_steps(config, sorted(set(flags.thoughts)), flags.rounds, flags.steps)
+    compared = step_benchmark.proportions(results)
+    if not processes.is_first():
+        return 0
+    if flags.json:
+        derived = ("median", "best", "mfu", "tokens_per_second", "slots_per_second")
+        programs = [asdict(result) | {name: getattr(result, name) for name in derived} for result in results]
+        ratios = [asdict(each) | {"holds": each.holds} for each in compared]
+        _print_json({**_circumstances(config), "programs": programs, "ratios": ratios})
+    else:
+        print(*_circumstance_lines(config), sep="\n")
+        print(step_benchmark.HEADER, *(result.line() for result in results), sep="\n")
+        print(f"planned: by the compiler, per device; peak: {results[0].peak_source or 'not told by this platform'}")
+        if compared:
+            print(step_benchmark.PROPORTION_HEADER, *(each.line() for each in compared), sep="\n")
+    return 0 if all(each.holds for each in compared) else 1
+
+
+def _bench_peer(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory as well
+    config = _load(flags, overrides)
+    from latentjax.interop.torch_peer import check_peer
+    from latentjax.models.spec import ModelSpec
+    from latentjax.recurrence.base import RecurrenceSpec
+
+    check_peer(ModelSpec(**config.model), RecurrenceSpec(**config.recurrence))
+    if flags.fits:
+        return 0 if _fits(config, flags.fits, flags.variant) else _DOES_NOT_FIT
+    report = _compare_in_a_process(flags, overrides) if flags.largest_batch else _compare(config, flags)
+    failure = None
+    if flags.largest_batch:
+        try:
+            report["largest_batch"] = _largest_batches(flags, overrides, report)
+        except UserError as error:  # the comparison stands all the same
+            failure = error
+    if flags.json:
+        _print_json(report)
+    else:
+        print(*report["text"], sep="\n")
+        for side, rows in report.get("largest_batch", {}).items():
+            print(f"largest batch, {side}: {'not one sequence fits' if rows == 0 else rows}")
+    if failure is None:
+        return 0
+    print(f"latentjax.bench: {failure}", file=sys.stderr)
+    return 1
+
+
+def _compare(config: "ConfigDict", flags: argparse.Namespace) -> dict[str, Any]:
+    """Both sides' times on the first device, as JSON has them; `text` is what is printed for people."""
+    import jax
+
+    from latentjax.data.progress import Progress
+    from latentjax.interop import torch_peer
+    from latentjax.training import peer_benchmark
+
+    platform = jax.devices()[0].platform
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = torch_peer.use_device(platform, threads)
+    maker = _peer_maker(device, flags.variant)
+    agreement, times = peer_benchmark.compare(config, maker, flags.rounds, flags.steps, Progress(True))
+    lines = [
+        *_circumstance_lines(config),
+        f"peer: {times.variant}; {', '.join(map(' '.join, torch_peer.versions().items()))}, {threads} CPU threads",
+        agreement.line(),
+        f"first loss as timed: {times.loss:.4f}, peer {times.peer_loss:.4f}; R = {times.num_jacobi_iterations}",
+        *times.lines(),
+    ]
+    report = _circumstances(config) | asdict(times) | {"agreement": asdict(agreement), "text": lines}
+    report["versions"] |= torch_peer.versions()
+    return report | {"best_ratio": times.best_ratio, "median_ratio": times.median_ratio, "cpu_threads": threads}
+
+
+def _compare_in_a_process(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """As `_compare`, in a process that gives all its device memory back when it ends."""
+    command = [*_command(flags, overrides), "--json", f"--variant={flags.variant}"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"the comparison ended with status {result.returncode}; no larger batches were tried")
+    return json.loads(result.stdout)
+
+
+def _largest_batches(flags: argparse.Namespace, overrides: Sequence[str], report: dict[str, Any]) -> dict[str, int]:
+    if report["platform"] == "cpu":
+        raise UserError("--largest_batch: on a CPU nothing says when memory runs out; it needs a GPU")
+    return {
+        "ours": _largest_batch(flags, overrides, "ours", ""),
+        "peer": _largest_batch(flags, overrides, "peer", report["variant"]),
+    }
+
+
+def _largest_batch(flags: argparse.Namespace, overrides: Sequence[str], side: str, variant: str) -> int:
+    """Seeks the largest batch, each size in a process of its own; 0: not one sequence fits."""
+    from latentjax.training.peer_benchmark import largest_that_fits
+
+    # jax would leave a quarter of the memory alone; and where the peer is tried, it shall take none.
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if side == "ours" else {"JAX_PLATFORMS": "cpu"}
+
+    def fits(rows: int) -> bool:
+        sized = [*overrides, f"data.batch_size={rows}", "train.gradient_accumulation_steps=1"]
+        command = [*_command(flags, sized), f"--fits={side}", f"--variant={variant}"]
+        result = subprocess.run(command, env=os.environ | memory, capture_output=True, text=True, check=False)
+        answers = {0: "fits", _DOES_NOT_FIT: "does not fit"}
+        said = (result.stderr.strip().splitlines() or [""])[-1][:300]
+        answer = answers.get(result.returncode, f"ended with status {result.returncode}: {said}")
+        print(f"{side}, a batch of {rows}: {answer}", file=sys.stderr, flush=True)
+        if rows == 1 and result.returncode not in answers:
+            raise UserError(f"{side} cannot be tried with a batch of 1: {said}")
+        return result.returncode == 0
+
+    return largest_that_fits(fits, _LARGEST_BATCH)
+
+
+def _fits(config: "ConfigDict", side: str, variant: str) -> bool:
+    from latentjax.interop import torch_peer
+    from latentjax.training import peer_benchmark
+
+    if side == "ours":
+        return peer_benchmark.our_step_fits(config)
+    maker = _peer_maker("cuda", variant)
+    return peer_benchmark.peer_step_fits(config, maker, torch_peer.is_out_of_memory)
+
+
+def _peer_maker(device: str, variant: str) -> Any:
+    """Hands the room that knows PyTorch to the one that measures."""
+    from latentjax.interop import torch_peer
+    from latentjax.interop.pretrained import tensors_from_params
+    from latentjax.training.peer_benchmark import PeerMaker
+
+    def make(config: "ConfigDict", spec: Any, recurrence_spec: Any, tensors: Any, iterations: int, variant: Any) -> Any:
+        knobs = config.optimizer
+        settings = torch_peer.StepSettings(
+            num_jacobi_iterations=iterations,
+            gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+            loss_chunk_tokens=config.train.loss_chunk_tokens,
+            **{name: knobs[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")},
+        )
+        return torch_peer.TorchPeer(spec, recurrence_spec, tensors, settings, variant, device)
+
+    return PeerMaker(
+        make=make,
+        variants=partial(torch_peer.variants, only=variant),
+        check_variant=torch_peer.Variant("float32", compiled=False),
+        tensors=tensors_from_params,
+    )
+
+
+def _load(flags: argparse.Namespace, overrides: Sequence[str]) -> "ConfigDict":
+    from latentjax import config as config_lib
+    from latentjax.validation import validate
+
+    config = config_lib.load(flags.config, overrides)
+    validate(config)
+    return config
+
+
+def _command(flags: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    """The command line of a process that measures the same recipe."""
+    command = [sys.executable, "-m", "latentjax.bench", flags.part, "--config", flags.config]
+    return [*command, f"--rounds={flags.rounds}", f"--steps={flags.steps}", *(f"--config.{each}" for each in overrides)]
+
+
+def _circumstances(config: "ConfigDict") -> dict[str, Any]:
+    """What a figure means nothing without."""
+    import jax
+
+    from latentjax.training.run_directory import package_versions
+
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "versions": package_versions(),
+        "config": config.to_dict(),
+    }
+
+
+def _circumstance_lines(config: "ConfigDict") -> list[str]:
+    found = _circumstances(config)
+    model, data = config.model, config.data
+    return [
+        f"{found['devices']} ({found['platform']}); {', '.join(map(' '.join, found['versions'].items()))}",
+        f"{model.architecture}, N={model.num_layers} D={model.hidden_size} V={model.vocab_size} {model.dtype}, "
+        f"attention {model.attention}, remat {model.remat}; {data.batch_size} x {data.sequence_length} tokens, "
+        f"documents {'masked' if data.mask_documents else 'not masked'}",
+    ]
+
+
+def _print_json(results: Any) -> None:
+    json.dump(results, sys.stdout, indent=2)
+    print()
 
 
 if __name__ == "__main__":
