@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# A process of its own: what is set holds for all of it, and for good. Reports page faults of the third call.
+# A process of its own: what is set holds for all of it, and for good. Reports the fewest page faults of a call: in the first ones the heap grows.
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
@@ -14,10 +14,11 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 x = jnp.ones((16, 1024, 1024))
 f = jax.jit(lambda x: jnp.cumsum(jnp.sin(x), axis=0)[-1])
-for _ in range(3):
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(10)))
 """
 
 
