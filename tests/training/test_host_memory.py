@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-# A process of its own: what is set holds for all of it, and for good. Reports the fewest page faults of a call: in the first ones the heap grows.
+# A process of its own: what is set holds for all of it, and for good. Reports the fewest page faults of a call: in the
+# first ones the heap grows.
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
