@@ -39,6 +39,7 @@ def default() -> ConfigDict:
     model.tie_embeddings = False  # the head is the transposed embedding
     model.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax and loss stay in float32
     model.attention = "auto"  # backend: xla, splash (TPU), cudnn or tokamax (GPU); auto: the best that serves
+    model.loops = "auto"  # over layers and refinement passes: rolled, unrolled, or auto (models/loops.py)
     model.remat = "none"  # what the backward pass recomputes: a name of latentjax/models/remat.py
 
     config.recurrence = recurrence = ConfigDict()

@@ -10,12 +10,14 @@ from latentjax.config import flatten
 from latentjax.errors import UserError
 from latentjax.models.attention import check_backend
 from latentjax.models.backbone import ARCHITECTURES
+from latentjax.models.loops import LOOPS
 from latentjax.models.remat import POLICIES
 from latentjax.recurrence.methods import METHODS
 
 _CHOICES = {
     "model.architecture": tuple(ARCHITECTURES),
     "model.dtype": ("float32", "bfloat16"),
+    "model.loops": LOOPS,
     "model.remat": tuple(POLICIES),
     "recurrence.method": tuple(METHODS),
 }

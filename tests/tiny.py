@@ -29,6 +29,7 @@ _NEOX = ModelSpec(
     tie_embeddings=False,
     dtype="float32",
     attention="xla",
+    loops="rolled",
     remat="none",
 )
 _LLAMA = dataclasses.replace(

@@ -77,6 +77,7 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
         tie_embeddings=config.get("tie_word_embeddings", False),
         dtype="float32",
         attention="xla",  # serves everywhere
+        loops="rolled",
         remat="none",
     )
     method = config.get("method") or ("latent" if config.get("recurrent_model") else "vanilla")

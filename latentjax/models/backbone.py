@@ -91,13 +91,14 @@ def _apply_stack(
         return layer_module(x_BSD, angles, segment_ids_BS, cache, layer), None
 
     if num_scanned:
-        # The scan already keeps XLA from merging the forward computation with its repetition in the backward pass.
-        layers = rematerialised(block, spec.remat, in_loop=True)(spec, slots_per_token, name="layers")
+        # A loop keeps XLA from merging the forward computation with its repetition in the backward pass.
+        layers = rematerialised(block, spec.remat, in_loop=not spec.unrolls)(spec, slots_per_token, name="layers")
         (x_BSD, cache), _ = nn.scan(
             apply_layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=num_scanned,
+            unroll=num_scanned if spec.unrolls else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(layers, (x_BSD, cache), jnp.arange(num_scanned))
     last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, slots_per_token, kept, name="last_layer")

@@ -25,6 +25,7 @@ class ModelSpec:
     tie_embeddings: bool
     dtype: str
     attention: str
+    loops: str
     remat: str
 
     @property
@@ -41,6 +42,11 @@ class ModelSpec:
     def rotary_dims(self) -> int:
         """How many of a head's K dimensions are rotated."""
         return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether layers and passes are written out one after another in the program."""
+        return self.loops == "unrolled"
 
     @property
     def compute_dtype(self) -> Any:

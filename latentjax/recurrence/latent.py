@@ -107,6 +107,7 @@ class Latent(Recurrence):
                 variable_broadcast="params",
                 split_rngs={"params": False},
                 length=length,
+                unroll=length if backbone.spec.unrolls else 1,
             )
             z_BQD, residual_R = scanned(backbone, z_BQD, None)
             residuals.append(residual_R)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from latentjax.errors import UserError
 from latentjax.models.attention import choose_backend
 from latentjax.models.attention_backend import AttentionRequest, compute_capability
+from latentjax.models.loops import choose_loops
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.language_model import LanguageModel
@@ -70,7 +71,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
 
 
 def make_model(config: ConfigDict, mesh: Mesh) -> LanguageModel:
-    """The model that the config describes, with the attention backend that suits the mesh's devices.
+    """The model that the config describes, with the attention backend and loops that suit the mesh's devices.
 
     Raises:
       UserError: a backend was asked for that cannot serve there.
@@ -84,7 +85,11 @@ def make_model(config: ConfigDict, mesh: Mesh) -> LanguageModel:
         sequence_shards=mesh.shape["sequence"],
         compute_capability=compute_capability(device),
     )
-    spec = dataclasses.replace(spec, attention=choose_backend(spec.attention, request))
+    spec = dataclasses.replace(
+        spec,
+        attention=choose_backend(spec.attention, request),
+        loops=choose_loops(spec.loops, device.platform, spec.num_layers),
+    )
     return LanguageModel(spec, RecurrenceSpec(**config.recurrence))
 
 

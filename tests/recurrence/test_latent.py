@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import cross_entropy, language_model, params_of, tokens
+from tiny import cross_entropy, language_model, model_spec, params_of, tokens
 
 from latentjax.models import gpt_neox
 from latentjax.models.slots import ALL_SLOTS
+from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.methods import make_recurrence
 
@@ -124,6 +125,8 @@ def test_without_thoughts_it_is_vanilla():
 
 class MarkedBackbone(nn.Module):
     """Stands in for a backbone: its tanh, which nothing else computes, marks where it is fed."""
+
+    spec: ModelSpec = model_spec()
 
     @nn.compact
     def __call__(self, x_BSD, positions_BS, segment_ids_BS=None, cache=None, kept=ALL_SLOTS):

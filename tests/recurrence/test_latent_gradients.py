@@ -117,6 +117,23 @@ def test_remat_changes_neither_loss_nor_gradients(remat):
     assert_same_gradients(remat_grads, grads, 1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "keep_layer_inputs"])
+def test_unrolled_loops_change_neither_loss_nor_gradients(remat):
+    """And none is left in the program."""
+    rolled = language_model(NUM_THOUGHTS, num_layers=3, remat=remat)
+    unrolled = dataclasses.replace(rolled, spec=dataclasses.replace(rolled.spec, loops="unrolled"))
+
+    def lowered(model):
+        loss = lambda params: cross_entropy(model.apply({"params": params}, TOKENS_BT), TOKENS_BT)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss)).lower(params_of(rolled))
+
+    programs = lowered(rolled), lowered(unrolled)
+    assert [program.as_text().count("stablehlo.while") > 0 for program in programs] == [True, False]
+    (loss, grads), (unrolled_loss, unrolled_grads) = (program.compile()(params_of(rolled)) for program in programs)
+    np.testing.assert_allclose(unrolled_loss, loss, rtol=1e-6)
+    assert_same_gradients(unrolled_grads, grads, 1e-5)
+
+
 def test_remat_policies_recompute_what_they_say():
     """Matrix products in the gradient's program: none < keep_matmul_outputs (attention again) < keep_layer_inputs."""
 
