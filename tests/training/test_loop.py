@@ -15,7 +15,7 @@ from megatron_files import write
 
 from latentjax.errors import UserError
 from latentjax.recurrence.draw import draw_jacobi_iterations
-from latentjax.training import loop, programs
+from latentjax.training import loop, programs, start
 from latentjax.training.metrics import MetricsLog, read_metrics
 from latentjax.training.progress import TrainProgress
 from latentjax.training.signals import StopRequest
@@ -166,11 +166,11 @@ class StopAfter(StopRequest):
 def plain_steps(tmp_path: Path) -> Callable:
     """Runs steps that are neither evaluated nor saved: (steps, log_every_steps, change the run) -> final step."""
 
-    def run_steps(steps: int, log_every_steps: int, change: Callable[[loop.Run], None] = lambda run: None) -> int:
+    def run_steps(steps: int, log_every_steps: int, change: Callable[[start.Run], None] = lambda run: None) -> int:
         config = recipes.get_config()
         config.train.update(num_steps=1000, eval_every_steps=0, sample_every_steps=0, log_every_steps=log_every_steps)
         config.checkpoint.every_steps = 1000
-        run = loop.prepare_run(config, tmp_path)
+        run = start.prepare_run(config, tmp_path)
         change(run)
         guard = contextlib.ExitStack()
 
@@ -221,7 +221,7 @@ def test_the_next_step_is_under_way_before_metrics_are_read(plain_steps: Callabl
                 found.append(f"r{self.step}")
             return jax.device_get(self.value)
 
-    def watch(run: loop.Run) -> None:
+    def watch(run: start.Run) -> None:
         def watched(compiled: Callable) -> Callable:
             def step(state, batch):
                 found.append(f"s{1 + sum(event[0] == 's' for event in found)}")
