@@ -112,11 +112,11 @@ def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     negative = [count for count in flags.thoughts if count < 0]
     if negative:
         raise UserError(f"--thoughts: C must be at least 0, not {negative[0]}")
+    _treat_memory_as_the_trainer_does()
     config = _load(flags, overrides)
     from latentjax.training import processes
 
     processes.start(None, None, None)
-    _treat_memory_as_the_trainer_does()
     from latentjax.training import step_benchmark
 
     results = step_benchmark.benchmark_steps(config, sorted(set(flags.thoughts)), flags.rounds, flags.steps)
@@ -139,6 +139,7 @@ def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _bench_peer(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory as well
+    _treat_memory_as_the_trainer_does()
     config = _load(flags, overrides)
     from latentjax.interop.torch_peer import check_peer
     from latentjax.models.spec import ModelSpec
@@ -174,7 +175,6 @@ def _compare(config: "ConfigDict", flags: argparse.Namespace) -> dict[str, Any]:
     from latentjax.interop import torch_peer
     from latentjax.training import peer_benchmark
 
-    _treat_memory_as_the_trainer_does()
     platform = jax.devices()[0].platform
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = torch_peer.use_device(platform, threads)
@@ -276,13 +276,11 @@ def _load(flags: argparse.Namespace, overrides: Sequence[str]) -> "ConfigDict":
 
 
 def _treat_memory_as_the_trainer_does() -> None:
-    """On a CPU; what is measured beside it in the same process has the benefit as well."""
-    import jax
+    """On a CPU, before jax or PyTorch start; what is measured beside it in the same process has the benefit as well."""
+    from latentjax.training import host_memory
 
-    from latentjax.training.host_memory import keep_freed_memory
-
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    if host_memory.computes_on_cpu():
+        host_memory.keep_freed_memory()
 
 
 def _command(flags: argparse.Namespace, overrides: Sequence[str]) -> list[str]:

@@ -17,7 +17,6 @@ from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import processes, programs, run_directory
 from latentjax.training.checkpoint import Checkpoints
-from latentjax.training.host_memory import keep_freed_memory
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.sampling import encode_prompts
@@ -86,8 +85,6 @@ class Run:
 def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
     start_clock = StartClock()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     sources = open_sources(
         config.data, progress=processes.is_first(), needs_evaluation=config.train.eval_every_steps > 0
     )
