@@ -97,6 +97,8 @@ def default() -> ConfigDict:
     train.gradient_accumulation_steps = 1  # microbatches per step
     train.loss_chunk_tokens = 0  # tokens per sequence whose logits are held at once; 0: all
     train.compilation_cache = "~/.cache/latentjax/compiled"  # keeps compiled programs for the next start; "": none
+    train.lost_after_seconds = 60.0  # without a sign of one of several processes, after which the others end
+    train.hung_after_seconds = 1800.0  # without progress of several processes, after which all end; 0: never
     train.seed = 0  # of initialisation, of the draws of R and of samples
 
     config.checkpoint = checkpoint = ConfigDict()

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     from latentjax.training.signals import StopRequest
 
     stop = StopRequest()
-    summary = train(config, workdir, stop)
+    with processes.watched(config.train) as watchdog:
+        summary = train(config, workdir, stop, watchdog)
     if summary is None:
         return stop.exit_status
     if not processes.is_first():

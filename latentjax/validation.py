@@ -42,6 +42,7 @@ _RANGES = {
     "optimizer.b1": (0.0, 1 - 1e-9),
     "optimizer.b2": (0.0, 1 - 1e-9),
     "optimizer.eps": (1e-30, 1.0),
+    "train.lost_after_seconds": (1.0, 600.0),  # before jax loses its own patience
     **dict.fromkeys((f"mesh.{axis}" for axis in ("replica", "data", "fsdp", "sequence", "tensor")), (-1, math.inf)),
 }  # fmt: skip
 

@@ -65,6 +65,17 @@ def run(workdir: Path, *overrides: str, num_devices: int = 1, recipe: str = str(
     )
 
 
+def started(workdir: Path, *overrides: str, num_devices: int = 1, recipe: str = str(RECIPE)) -> subprocess.Popen:
+    """Starts the command line and leaves it running."""
+    return subprocess.Popen(
+        command(workdir, *overrides, recipe=recipe),
+        env=environment(num_devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def trained(workdir: Path, *overrides: str, num_devices: int = 1, recipe: str = str(RECIPE)) -> Path:
     """Runs to the end, which must succeed, and returns the run's directory."""
     result = run(workdir, *overrides, num_devices=num_devices, recipe=recipe)

@@ -19,7 +19,7 @@ from latentjax.errors import UserError
 Item = TypeVar("Item", covariant=True)
 
 # Sent to the whole group, they ask the run to stop, and for that it may need another batch.
-_IGNORED = (signal.SIGINT, signal.SIGTERM)
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Source(Protocol[Item]):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from latentjax.data.batches import eval_batches, train_batches
 from latentjax.data.row import TokenRow
 from latentjax.recurrence.draw import draw_jacobi_iterations
-from latentjax.training import processes, programs, run_directory
+from latentjax.training import preemption, processes, programs, run_directory
 from latentjax.training.evaluation import EVALUATION_KEYS, evaluate
 from latentjax.training.feeding import put_ahead
 from latentjax.training.mesh import rows_of_process
@@ -22,14 +22,18 @@ from latentjax.training.sampling import sample_text
 from latentjax.training.signals import StopRequest
 from latentjax.training.start import Run, prepare_run
 from latentjax.training.state import TrainState
+from latentjax.training.watchdog import Watchdog
 
 
-def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any] | None:
+def train(
+    config: ConfigDict, workdir: Path, stop: StopRequest, watchdog: Watchdog | None = None
+) -> dict[str, Any] | None:
     """Trains to `train.num_steps`, resuming where the run in `workdir` is.
 
     Args:
       config: validated (`latentjax.validation`).
       stop: entered for the steps and asked after each; when it says so the state is saved and None returned.
+      watchdog: is told where the loop is, so that others see whether it hangs; None where there are no others.
 
     Returns:
       The summary that the first process has written to summary.json ({} in the others), or None if it was stopped.
@@ -37,12 +41,19 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
     Raises:
       UserError: anything about data, mesh or directory that the user can mend.
     """
-    run = prepare_run(config, workdir)
-    log = MetricsLog(workdir, run.start_step, writes=processes.is_first())
-    progress = TrainProgress(run.start_step, config.train.num_steps, shows=processes.is_first())
-    try:
+    with contextlib.ExitStack() as resources:
+        run = prepare_run(config, workdir, resources)
+        if watchdog is not None:
+            run.at = watchdog.at
+        log = resources.enter_context(
+            contextlib.closing(MetricsLog(workdir, run.start_step, writes=processes.is_first()))
+        )
+        progress = resources.enter_context(
+            contextlib.closing(TrainProgress(run.start_step, config.train.num_steps, shows=processes.is_first()))
+        )
         # Until here nothing would be lost: signals did what they always do.
         with stop:
+            preemption.watch(stop.notice)
             with contextlib.closing(_train_batches(run)) as batches, programs.memory_errors("training"):
                 state, step = _steps(run, batches, log, progress, stop)
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
@@ -55,9 +66,6 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
         summary = _summary(run, log)
         run_directory.write_summary(workdir, summary)
         return summary
-    finally:
-        progress.close()
-        log.close()
 
 
 def _steps(
@@ -73,11 +81,15 @@ def _steps(
         num_iterations = 0
         if run.recurrence.uses_jacobi_iterations:
             num_iterations = draw_jacobi_iterations(config.recurrence.train_jacobi_iterations, train.seed, step)
-        state, metrics = run.train_steps[num_iterations](state, next(batches))
+        run.at(step + 1, "reading its batch")
+        batch = next(batches)
+        run.at(step + 1, "running the step")
+        state, metrics = run.train_steps[num_iterations](state, batch)
         if step == run.start_step:
             jax.block_until_ready(metrics)
             progress.note(run.start_clock.first_step())
         # Only now, with the next step under way, are the numbers of the one before waited for.
+        run.at(step + 1, "waiting for the step")
         recorder.write()
         recorder.advance(num_iterations)
         step += 1
@@ -92,11 +104,14 @@ def _steps(
             recorder.note(step, num_iterations, metrics)
         if not (evaluates or samples or saves):
             continue
+        run.at(step, "evaluating")
         # The log first: a checkpoint whose metrics are lost would leave a hole that no restart fills.
         recorder.write((lambda params=state.params: _evaluate(run, params)) if evaluates else None)
         if samples:
+            run.at(step, "sampling")
             log.write_samples(step, sample_text(run.model, state.params, run.sources.tokenizer, config, step))
         if saves:
+            run.at(step, "saving")
             log.sync()
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
         recorder.restart_clock()

@@ -4,8 +4,10 @@ One process is the default. Several are started by what launches them (a TPU pod
 them in its environment who the others are, or by explicit flags.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from latentjax.errors import UserError
+from latentjax.errors import UserError, one_line, report
+from latentjax.training.last_words import Witness
 from latentjax.training.mesh import put_shards
 from latentjax.training.signals import StopRequest
+from latentjax.training.watchdog import CoordinatorBoard, Watchdog
 
 Result = TypeVar("Result")
 
@@ -25,6 +30,7 @@ Result = TypeVar("Result")
 # runs in an allocation without srun is one process.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
 _MESSAGE_BYTES = 4096
+_HEARTBEAT_SECONDS = 900  # `watchdog` is there first and names who is gone; jax ends all with a stack trace
 _PATIENCE_MS = 3_600_000  # one process may find in the cache what another compiles
 
 
@@ -54,8 +60,10 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def _initialize(launcher: str = "--coordinator", **arguments) -> None:
+    # Stopping is agreed on by `StopAgreement`; jax's own service for it would take SIGTERM away from everybody else.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot connect with the other processes, started by {launcher}: {reason}") from error
@@ -81,6 +89,40 @@ def _worker_endpoints_in_metadata() -> int:
             return len(answer.read().decode().split(","))
     except OSError:
         return 1
+
+
+@contextlib.contextmanager
+def watched(settings: ConfigDict) -> Iterator[Watchdog | None]:
+    """A context in which this process and the others watch each other; yields None where there are no others.
+
+    An exception that leaves the context is reported here, to the others too, and ends the process: on its way out jax
+    would wait for the others, and they for it.
+
+    Args:
+      settings: the `train` group of the config: how long to be patient.
+    """
+    if not jax.distributed.is_initialized():
+        yield None
+        return
+    board = CoordinatorBoard()
+    watchdog = Watchdog(
+        board,
+        board.process,
+        board.num_processes,
+        lost_after=settings.lost_after_seconds,
+        hung_after=settings.hung_after_seconds,
+        witness=Witness(board.process, board.address),
+    )
+    try:
+        yield watchdog
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # most likely it is the devices of another that are gone
+            watchdog.expect_verdict()
+        status = report("train", error)
+        watchdog.end(f"{type(error).__name__}: {one_line(error)[:_MESSAGE_BYTES]}", status)
+        sys.stdout.flush()
+        os._exit(status)
+    watchdog.end("", 0)
 
 
 class StopAgreement:

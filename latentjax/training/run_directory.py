@@ -1,10 +1,13 @@
 """A run's directory: what is in it, and whether this config may continue it."""
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
@@ -23,36 +26,63 @@ FIXED_KEYS = tuple(
 ) + tuple(f"recurrence.{key}" for key in ("method", "num_latent_thoughts", "scale_embeddings"))  # fmt: skip
 
 
-def claim(workdir: Path, config: ConfigDict) -> list[str]:
-    """Makes the directory, or checks that the run in it has the same model, and writes config.json.
+def claim(workdir: Path, config: ConfigDict) -> tuple[list[str], TextIO]:
+    """Makes the directory, or checks that the run in it has the same model; locks it, and writes config.json.
 
     Returns:
-      One line for each knob that differs from the last time the run was started.
+      One line for each knob that differs from the last time the run was started, and the lock: the directory belongs to
+      this process until that is closed, or the process ends in whatever way.
 
     Raises:
-      UserError: the directory cannot be written, or holds a run of another model.
+      UserError: the directory cannot be written, holds a run of another model, or another process is at work in it.
     """
     path = workdir / "config.json"
-    changes = []
-    if path.exists():
-        before = config_lib.values_from_json(path.read_text(encoding="utf-8"), str(path))
-        for key, value in config_lib.flatten(config).items():
-            # A knob that the version which began the run did not have is reported like one that was changed.
-            if key in before and before[key] == value:
-                continue
-            was = repr(before[key]) if key in before else "not known"
-            if key in FIXED_KEYS:
-                raise UserError(
-                    f"{workdir} holds a run of another model: {key} was {was} there and is {value!r} now; "
-                    "give another --workdir, or the config that made it"
-                )
-            changes.append(f"{key}: {was} before, {value!r} from here on")
+    changes = _changes(path, workdir, config) if path.exists() else []
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = _lock(workdir)
         write_whole(path, config_lib.to_json(config))
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror or error}") from error
+    return changes, lock
+
+
+def _changes(path: Path, workdir: Path, config: ConfigDict) -> list[str]:
+    before = config_lib.values_from_json(path.read_text(encoding="utf-8"), str(path))
+    changes = []
+    for key, value in config_lib.flatten(config).items():
+        # A knob that the version which began the run did not have is reported like one that was changed.
+        if key in before and before[key] == value:
+            continue
+        was = repr(before[key]) if key in before else "not known"
+        if key in FIXED_KEYS:
+            raise UserError(
+                f"{workdir} holds a run of another model: {key} was {was} there and is {value!r} now; "
+                "give another --workdir, or the config that made it"
+            )
+        changes.append(f"{key}: {was} before, {value!r} from here on")
     return changes
+
+
+def _lock(workdir: Path) -> TextIO:
+    """Takes the lock, which the system itself takes back when the process ends."""
+    lock = (workdir / "lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(200).strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"{workdir} is in use by {holder}: wait until that run has ended, stop it, or give another --workdir"
+        ) from None
+    except OSError:
+        lock.close()
+        raise
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
 def write_whole(path: Path, text: str) -> None:

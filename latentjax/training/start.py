@@ -1,5 +1,6 @@
 """The start of a run: opening data, mesh and directory, compiling every program, restoring or making the state."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.sampling import encode_prompts
+from latentjax.training.signals import ending_at_once
 from latentjax.training.state import TrainState, abstract_state, create_state
 
 
@@ -62,6 +64,7 @@ class Run:
     start_step: int
     earlier_seconds: float  # wall time that the run had before this start
     start_clock: StartClock
+    at: Callable[[int, str], None] = lambda step, doing: None  # is told where the loop is (`Watchdog.at`)
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -82,8 +85,11 @@ class Run:
         }
 
 
-def prepare_run(config: ConfigDict, workdir: Path) -> Run:
-    """Opens data, mesh and directory, compiles every program, and restores or initialises the state."""
+def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> Run:
+    """Opens data, mesh and directory, compiles every program, and restores or initialises the state.
+
+    What has to be given back when the run ends, well or not, is pushed onto `resources`.
+    """
     start_clock = StartClock()
     sources = open_sources(
         config.data, progress=processes.is_first(), needs_evaluation=config.train.eval_every_steps > 0
@@ -100,8 +106,11 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     mesh = make_mesh(config, jax.devices())
     programs.use_compilation_cache(config.train.compilation_cache)
     model = programs.make_model(config, mesh)
-    for change in processes.on_first(lambda: run_directory.claim(workdir, config)) or ():
-        processes.say(f"config changed since the run was last started: {change}")
+    if (claimed := processes.on_first(lambda: run_directory.claim(workdir, config))) is not None:
+        changes, lock = claimed
+        resources.callback(lock.close)
+        for change in changes:
+            processes.say(f"config changed since the run was last started: {change}")
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
@@ -150,7 +159,8 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
         iterations = ", ".join(map(str, programs.distinct_iterations(model)))
         processes.say(f"compiling the step for R = {iterations}")
         evaluates = config.train.eval_every_steps > 0
-        run.train_steps, run.eval_step = programs.compile_programs(config, model, mesh, abstract, evaluates)
+        with ending_at_once():
+            run.train_steps, run.eval_step = programs.compile_programs(config, model, mesh, abstract, evaluates)
         processes.wait_for_all("compiled")
         processes.say(f"compiled in {time.monotonic() - began:.1f} s")
         start_clock.note("compiling")

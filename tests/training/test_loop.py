@@ -170,9 +170,9 @@ def plain_steps(tmp_path: Path) -> Callable:
         config = recipes.get_config()
         config.train.update(num_steps=1000, eval_every_steps=0, sample_every_steps=0, log_every_steps=log_every_steps)
         config.checkpoint.every_steps = 1000
-        run = start.prepare_run(config, tmp_path)
-        change(run)
         guard = contextlib.ExitStack()
+        run = start.prepare_run(config, tmp_path, guard)
+        change(run)
 
         def guarded(compiled: Callable) -> Callable:
             def step(state, batch):

@@ -2,56 +2,18 @@
 
 import shutil
 import signal
-import socket
-import subprocess
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import recipes
+from together import losses, run_together, start_together, wait_for_step
 
 from latentjax.errors import UserError
 from latentjax.training import processes
 from latentjax.training.mesh import make_mesh, put_batch, rows_of_process
 from latentjax.training.metrics import read_metrics
-
-
-def run_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.CompletedProcess]:
-    """Runs the command line in processes of 8 devices in all, to their ends."""
-    results = []
-    for process in start_together(workdir, *overrides, num_processes=num_processes):
-        out, err = process.communicate(timeout=300)
-        results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return results
-
-
-def start_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.Popen]:
-    """Starts the command line in processes of 8 devices in all."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    return [
-        subprocess.Popen(
-            [
-                *recipes.command(workdir, *overrides),
-                *("--coordinator", coordinator, "--num_processes", str(num_processes), "--process_id", str(number)),
-            ],
-            env=recipes.environment(8 // num_processes),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(num_processes)
-    ]
-
-
-def losses(workdir: Path) -> np.ndarray:
-    lines = read_metrics(workdir / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    keys = ("loss", "grad_norm", "eval_loss", "eval_bits_per_byte", "thought_residual")
-    return np.array([line[key] for line in lines for key in keys if key in line])
 
 
 def test_two_processes_have_the_losses_of_one(whole_run: Path, tmp_path: Path):
@@ -72,10 +34,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path: Path):
     """To the second, which writes nothing itself."""
     workdir = tmp_path / "run"
     started = start_together(workdir, "mesh.data=8", "train.num_steps=100000")
-    deadline = time.monotonic() + 200
-    while not (lines := read_metrics(workdir / "metrics.jsonl")) or lines[-1]["step"] < 4:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
-        time.sleep(0.02)
+    wait_for_step(workdir, started, 4)
     started[1].send_signal(signal.SIGTERM)
     for process in started:
         out, err = process.communicate(timeout=120)

@@ -1,13 +1,22 @@
 """Who may continue a run, and what is said about it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from latentjax.config import default, to_json
 from latentjax.errors import UserError
-from latentjax.training.run_directory import claim
+from latentjax.training import run_directory
+
+
+def claim(workdir: Path, config: ConfigDict) -> list[str]:
+    """Claims the directory and gives it back."""
+    changes, lock = run_directory.claim(workdir, config)
+    lock.close()
+    return changes
 
 
 def test_first_claim_writes_the_config(tmp_path: Path):
@@ -53,3 +62,14 @@ def test_a_place_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to --workdir .*file"):
         claim(tmp_path / "file" / "run", default())
+
+
+def test_a_directory_in_use_is_refused_until_it_is_given_back(tmp_path: Path):
+    _, lock = run_directory.claim(tmp_path, default())
+    config = default()
+    config.optimizer.learning_rate = 5e-4
+    with pytest.raises(UserError, match=f"{tmp_path} is in use by process {os.getpid()} on .*: wait until that run"):
+        run_directory.claim(tmp_path, config)
+    assert (tmp_path / "config.json").read_text() == to_json(default())
+    lock.close()
+    assert claim(tmp_path, config) != []

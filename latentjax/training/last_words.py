@@ -1,0 +1,74 @@
+"""What is said for a process that ends without a word: killed, out of memory, or ended by jax when process 0 is gone.
+
+A process of a few megabytes stands beside each of several that train together. It reads from a pipe where the other one
+is; when the pipe ends before the other one has taken its leave, it says so.
+
+python -m latentjax.training.last_words PROCESS COORDINATOR
+"""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+
+_GOODBYE = "goodbye"
+
+
+class Witness:
+    """The process that speaks when this one cannot."""
+
+    def __init__(self, process: int, coordinator: str):
+        """Starts it; `coordinator` is HOST:PORT of process 0."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "latentjax.training.last_words", str(process), coordinator],
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+
+    def update(self, place: str) -> None:
+        """Tells where this process is."""
+        self._say(place)
+
+    def dismiss(self) -> None:
+        """Takes leave: whatever there is to be said, this process says itself."""
+        self._say(_GOODBYE)
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it has died before us, and nobody minds
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+
+
+def last_words(lines: Iterable[str], process: str, coordinator: str) -> str | None:
+    """Reads what the process says until it ends; returns what is to be said for it, or None if it took its leave."""
+    place = "before its first step"
+    for line in lines:
+        if line.strip() == _GOODBYE:
+            return None
+        place = line.strip()
+    host, _, port = coordinator.rpartition(":")
+    cause = "killed, or ended by its runtime"
+    if process != "0":
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            cause = f"process 0 at {coordinator}, which connects the processes, is gone"
+    return f"process {process} ended while {place}: {cause}; the same command continues"
+
+
+def main() -> None:
+    """Stands beside the process that is at the other end of stdin."""
+    # They go to the whole group, and the other one has work to do yet.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    words = last_words(sys.stdin, *sys.argv[1:])
+    if words is not None:
+        print(f"latentjax.train: {words}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
