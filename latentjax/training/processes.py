@@ -5,6 +5,7 @@ them in its environment who the others are, or by explicit flags.
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latentjax.errors import UserError
+from latentjax.errors import UserError, shown
 from latentjax.training.mesh import put_shards
 from latentjax.training.signals import StopRequest
 
@@ -42,8 +43,9 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     if any(value is not None for value in explicit):
         if None in explicit:
             raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
-        if ":" not in coordinator:
-            raise UserError(f"--coordinator={coordinator} must be HOST:PORT of process 0")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+            raise UserError(f"--coordinator={shown(coordinator)} must be HOST:PORT of process 0, as node-1:1234")
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
         _initialize(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from latentjax import config as config_lib
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief
 
 PACKAGES = ("latentjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -35,7 +35,7 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
     path = workdir / "config.json"
     changes = []
     if path.exists():
-        before = config_lib.values_from_json(path.read_text(encoding="utf-8"), str(path))
+        before = config_lib.values_from_json(_read(path), str(path))
         for key, value in config_lib.flatten(config).items():
             # A knob that the version which began the run did not have is reported like one that was changed.
             if key in before and before[key] == value:
@@ -53,6 +53,13 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror or error}") from error
     return changes
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {brief(error)}; give another --workdir") from error
 
 
 def write_whole(path: Path, text: str) -> None:
