@@ -260,8 +260,8 @@ def values_from_json(text: str, source: str) -> dict[str, Any]:
     try:
         groups = json.loads(text)
         values = {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{source} is not a latentjax config: {error}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{source} is not a latentjax config: {brief(error)}") from error
     return {key: _as_tuples(value) for key, value in values.items()}
 
 
@@ -278,7 +278,11 @@ def from_json(text: str, source: str) -> ConfigDict:
     try:
         for key, value in values.items():
             group, name = key.split(".")
+            if value is None or isinstance(value, bool) is not isinstance(config[group][name], bool):
+                raise TypeError(f"{key} is {shown(value)}")  # which the config itself would take
             config[group][name] = value
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} is not a latentjax config: {error}") from error
+        raise UserError(
+            f"{source} is not a latentjax config: {brief(error.args[0] if error.args else error)}"
+        ) from error
     return config

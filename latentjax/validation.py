@@ -29,6 +29,9 @@ _LARGEST_COUNT = 2**63 - 1
 # A decay nearer to 1 is 1 in float32, and the first step's bias correction would divide by zero.
 _LARGEST_DECAY = 1 - 1e-7
 
+# R: many more than any model needs, few enough to be computed.
+MOST_JACOBI_ITERATIONS = 10_000
+
 # Lowest and highest allowed value, both included; numbers without an entry may not be negative.
 _RANGES = {
     **dict.fromkeys(
@@ -45,7 +48,7 @@ _RANGES = {
     ),
     # Growing passes are written out one after another, and each of them is another program's worth of compiling.
     "recurrence.num_latent_thoughts": (0, 1000),
-    "recurrence.num_jacobi_iterations": (0, 10_000),
+    "recurrence.num_jacobi_iterations": (0, MOST_JACOBI_ITERATIONS),
     "model.num_kv_heads": (0, _LARGEST_SIZE),
     "model.rotary_fraction": (0.0, 1.0),
     "model.rope_theta": (1.0, _LARGEST_FLOAT),
@@ -140,7 +143,7 @@ def _check_model(model: ConfigDict) -> None:
 
 def _check_recurrence(recurrence: ConfigDict) -> None:
     choices = recurrence.train_jacobi_iterations
-    _, most = _RANGES["recurrence.num_jacobi_iterations"]
+    most = MOST_JACOBI_ITERATIONS
     if not choices or not all(type(choice) is int and 0 <= choice <= most for choice in choices):
         raise UserError(
             f"recurrence.train_jacobi_iterations={shown(choices)} must be whole numbers from 0 to {most}, such as "

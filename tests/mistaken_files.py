@@ -34,7 +34,7 @@ def bad_path(draw: random.Random, directory: Path) -> Mistake:
     kind = draw.choice(["json", "model"])
     bad_model = _garbage(draw, directory / f"bad.{kind}")
     inside = str(directory / "file" / "below")
-    long_name = "a" * 300
+    long_name = "a" * 256
     everything = "data.include=**/*"
     changes = {
         "absent": [f"data.path={absent}"],
@@ -147,7 +147,7 @@ def other_verbs(draw: random.Random, directory: Path) -> Mistake:
             ["bench", draw.choice(["step", "peer"]), "--config"],
             ["bench", draw.choice(["step", "peer"]), "--config", absent, absent],
             ["bench", draw.choice(["step", "peer"]), *RECIPE, f"--config.{knob}", knob.split("=")[0].split(".")[0]],
-            *(["bench", part, *RECIPE, "--rounds", n, "--rounds"] for part in ("step", "peer") for n in ("0", "-1", "1e3")),
+            *(["bench", "step", *RECIPE, "--rounds", n, "--rounds"] for n in ("0", "-1", "x", "1" + "0" * 30)),
             *(["bench", "step", *RECIPE, "--thoughts", n, name] for n, name in (
                 ("-1", "--thoughts"), ("one", "--thoughts"), ("9999999", "num_latent_thoughts"))),
             ["bench", "step", *RECIPE, "--config.recurrence.method=vanilla", "--thoughts", "1", "--thoughts"],
@@ -162,8 +162,8 @@ def other_verbs(draw: random.Random, directory: Path) -> Mistake:
             ["prepare", "--input"],
             [*prepared, "--tokenizer"],
             [*prepared, "--tokenizer", absent, absent],
-            *([*as_bytes, "--eval_fraction", value, "eval_fraction"] for value in ("0", "1", "-0.5", "nan", "x", "inf")),
-            *([*as_bytes, f"--{name}", "-1", f"--{name}"] for name in ("max_malformed", "shard_megabytes", "num_workers")),
+            *([*as_bytes, "--eval_fraction", n, "eval_fraction"] for n in ("0", "1", "-0.5", "nan", "x", "inf")),
+            *([*as_bytes, flag, "-1", flag] for flag in ("--max_malformed", "--shard_megabytes", "--num_workers")),
             *([*prepared, "--tokenizer", "sentencepiece", "--vocab_size", n, "vocab"]
               for n in ("0", "-1", str(odd), "9" * 12, "x")),
             [*as_bytes, "--vocab_size", "300", "--vocab_size"],

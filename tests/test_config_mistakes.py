@@ -15,8 +15,12 @@ import mistaken_files
 import pytest
 import recipes
 from mistakes import Mistake
+from valid_configs import valid_config
 
+from latentjax.config import flatten, set_key
 from latentjax.errors import UserError, run_verb
+from latentjax.training.start import prepare_run
+from latentjax.validation import validate
 
 OF_EACH_KIND = 50
 LONGEST = 400
@@ -76,3 +80,65 @@ def test_every_mistake_is_one_line_that_names_it(kind, no_state, tmp_path, monke
             faults.append(f"{' '.join(mistake.arguments)[-300:]!r}, {mistake.names}: {fault[:500]}")
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
     assert len(jax.live_arrays()) == arrays
+
+
+@pytest.mark.parametrize("kind", [*list(mistaken_files.MAKERS)[1:], "other_verbs again"])
+def test_from_the_shell(kind, tmp_path):
+    """The same in a process of its own: nothing on stdout, one line on stderr."""
+    maker, *_ = kind.split()
+    mistake = mistaken_files.MAKERS[maker](random.Random(f"shell {kind}"), tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-m", f"latentjax.{mistake.verb}", *mistake.arguments],
+        cwd=tmp_path,
+        env=recipes.environment(8),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert result.stderr.startswith(f"latentjax.{mistake.verb}: error: ") and result.stderr.count("\n") == 1
+    assert any(name in result.stderr for name in mistake.names)
+
+
+class _Reached(Exception):
+    """The state would be made now."""
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_valid_configs_pass(part):
+    """Also when every value has gone through the command line."""
+    for number in range(25):
+        config = valid_config(random.Random(f"valid {part} {number}"))
+        validate(config)
+        read = recipes.get_config()
+        for key, value in flatten(config).items():
+            set_key(read, key, value if isinstance(value, str) else repr(value))
+        assert flatten(read) == flatten(config)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_valid_configs_get_as_far_as_the_state(number, tmp_path, monkeypatch):
+    """Data, mesh, directory and model take them too."""
+
+    def reach(*arguments):
+        raise _Reached
+
+    monkeypatch.setattr("latentjax.training.start.create_state", reach)
+    with pytest.raises(_Reached):
+        prepare_run(valid_config(random.Random(f"start {number}")), tmp_path / "run")
+
+
+def test_the_checks_of_this_file_can_fail(tmp_path, monkeypatch, capsys):
+    """A mistake that no check knows is one, and so is a line that does not name it."""
+    mistake = Mistake("train", ["--config", str(tmp_path / "absent.py")], ("no recipe",))
+    assert fault_of(mistake, monkeypatch, capsys) is None
+    assert "characters" in fault_of(_renamed(mistake), monkeypatch, capsys)
+    monkeypatch.setattr("latentjax.train.config_lib.load", lambda *arguments: 1 / 0)
+    assert "ZeroDivisionError" in fault_of(mistake, monkeypatch, capsys)
+    with pytest.raises(UserError, match="one line$"):
+        raise UserError("of several\n lines\r\n one line\n")
+
+
+def _renamed(mistake: Mistake) -> Mistake:
+    return Mistake(mistake.verb, mistake.arguments, ("another name",))

@@ -95,7 +95,7 @@ class TokenStore:
             self.vocab_size = int(self.manifest["tokenizer"]["vocab_size"])
             self.eod_id = int(self.manifest["tokenizer"]["eod_id"])
             self.fingerprint = str(self.manifest["tokenizer"]["fingerprint"])
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
             raise UserError(f"{self.path / MANIFEST_FILE} is damaged: {_reason(error)}") from error
         for split in self._splits.values():
             for shard in split.shards:
@@ -175,9 +175,9 @@ def _read_manifest(path: Path) -> dict:
         raise UserError(f"{path.parent} is no token store: it has no {MANIFEST_FILE}") from error
     except OSError as error:
         raise UserError(f"{path.parent} is no token store: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest["version"], int):
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or type(manifest.get("version")) is not int:
         raise UserError(f"{path} is not the manifest of a {FORMAT}")
     if manifest["version"] != VERSION:
         raise UserError(

@@ -56,7 +56,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         description = json.loads(_read(path))
         kind, fingerprint = description["kind"], description["fingerprint"]
         eod_token = description.get("eod_token", "")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: it does not describe a tokenizer") from error
     if kind == ByteTokenizer.kind:
         tokenizer: Tokenizer = ByteTokenizer()
@@ -79,7 +79,7 @@ def _read_huggingface(path: str, definition: bytes, eod_token: str) -> HuggingFa
         content = _read_if_there(place)
         try:
             said = None if content is None else json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place} is damaged: it is not JSON ({error})") from error
         return said if isinstance(said, dict) else None
 
