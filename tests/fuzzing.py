@@ -91,7 +91,7 @@ def damaged_json(draw: st.DrawFn, valid: Any) -> bytes:
         if parent is not whole and draw(st.integers(0, 5)) == 0:
             del parent[key]
         else:
-            parent[key] = draw(_ODD_VALUES)
+            parent[key] = copy.deepcopy(draw(_ODD_VALUES))  # the next change may be within it
     text = json.dumps(whole[0])
     how = draw(st.integers(0, 9))
     if how == 0:
