@@ -17,7 +17,7 @@ MOST_SECONDS = 5  # of CPU time, of one file
 LONGEST = 600
 
 # How many files a test tries: few, and always the same, or many and others every time.
-AMOUNTS = pytest.mark.parametrize("amount", [60, pytest.param(4000, marks=pytest.mark.long)])
+AMOUNTS = pytest.mark.parametrize("amount", [60, pytest.param(1000, marks=pytest.mark.long)])
 
 _NUMBERS = [0, 1, -1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**63)]
 _ODD_VALUES = st.sampled_from(

@@ -173,7 +173,7 @@ def other_verbs(draw: random.Random, directory: Path) -> Mistake:
             [*as_bytes, "--beam_runner=DirectRunner", "--beam_options=--direct_num_workers=x", "--beam_options"],
             [*as_bytes, "--json", "--json"],
             [*as_bytes, "--input", "x", "--input is given twice"],
-            [*as_bytes, "--include"],
+            [*as_bytes, "--include", "--include"],
             ["prepare", "--input", absent, "--tokenizer", "bytes", "--output", absent, absent],
             ["prepare", "--input", str(recipes.CORPUS), "--include", "*.py", "--tokenizer", "bytes", "--output",
              f"{directory}/file", f"{directory}/file"],

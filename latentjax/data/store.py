@@ -21,7 +21,7 @@ from latentjax.data.row import TokenRow
 from latentjax.data.shards import SHARD_SUFFIX, Shard, ShardReader
 from latentjax.data.tokenizers.base import Tokenizer
 from latentjax.data.tokenizers.saved import load_tokenizer
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief, shown
 
 FORMAT = "latentjax token store"
 VERSION = 2
@@ -181,8 +181,8 @@ def _read_manifest(path: Path) -> dict:
         raise UserError(f"{path} is not the manifest of a {FORMAT}")
     if manifest["version"] != VERSION:
         raise UserError(
-            f"{path} has format version {manifest['version']}, but this latentjax reads version {VERSION}: prepare the "
-            "store again with this version, or use the version that made it"
+            f"{path} has format version {shown(manifest['version'])}, but this latentjax reads version {VERSION}: "
+            "prepare the store again with this version, or use the version that made it"
         )
     return manifest
 
@@ -197,4 +197,4 @@ def _check_length(path: Path, shard: Shard) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
