@@ -232,6 +232,6 @@ def _take_dummy_prefix(pipeline: dict[str, Any], space_symbol: str, source: str)
 
 def _refuse(source: str, what: str) -> None:
     raise UserError(
-        f"{source} cannot be used: it has {what}, so its tokens do not spell the text exactly; byte-level and "
+        f"{source} cannot be used: it has {brief(what)}, so its tokens do not spell the text exactly; byte-level and "
         "sentencepiece-like tokenizers do"
     )
