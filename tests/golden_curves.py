@@ -67,7 +67,7 @@ def config_of(name: str, directory: Path, overrides: Sequence[str] = ()) -> Conf
         method=method, num_latent_thoughts=num_thoughts, train_jacobi_iterations=iterations
     )  # fmt: skip
     config.data.update(path=str(path), store_cache=str(directory / "stores"), tokenizer="bytes", eval_fraction=0.1)
-    config.data.update(sequence_length=16, batch_size=8, mask_documents=True)
+    config.data.update(sequence_length=32, batch_size=8, mask_documents=True)
     config.optimizer.update(learning_rate=3e-3, warmup_ratio=0.1, weight_decay=1.0, clip_norm=1.0)
     config.train.update(num_steps=NUM_STEPS, log_every_steps=1, eval_every_steps=0, sample_every_steps=0)
     config.train.compilation_cache = ""  # what is measured is what this tree compiles
