@@ -8,6 +8,7 @@ python -m latentjax.bench peer --config configs/pile_70m.py
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentjax.command_line import LineParser, split_overrides
-from latentjax.errors import UserError, run_verb
+from latentjax.errors import UserError, brief, run_verb, shown
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _DOES_NOT_FIT = 3  # status of a process that was to try a batch size
 _LARGEST_BATCH = 1 << 16
+_LARGEST_NUMBER = 2**31 - 1  # of flags
 
 
 def _parser() -> LineParser:
@@ -73,23 +75,23 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = split_overrides(argv)
     flags = _parser().parse_args(arguments)
     for name, value in vars(flags).items():
-        if type(value) is int and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
+        if type(value) is int and not 1 <= value <= _LARGEST_NUMBER:
+            bound = "at least 1" if value < 1 else f"at most {_LARGEST_NUMBER}"
+            raise UserError(f"--{name} must be {bound}, not {shown(value)}")
     if flags.part == "data":
         if overrides:
-            raise UserError(f"--config.{overrides[0]}: bench data reads no config")
+            raise UserError(f"--config.{brief(overrides[0])}: bench data reads no config; leave it out")
         return _bench_data(flags)
     return (_bench_step if flags.part == "step" else _bench_peer)(flags, overrides)
 
 
 def _bench_data(flags: argparse.Namespace) -> int:
+    _check_store(flags)
     # Here and not above: the processes that are measured import this module too.
     from latentjax.data.benchmark import as_json, benchmark_memory, benchmark_reading, benchmark_tokenising, write_store
     from latentjax.data.progress import Progress
 
     progress, sources = Progress(True), Path(sysconfig.get_path("stdlib"))
-    if flags.directory is not None:
-        flags.directory.mkdir(parents=True, exist_ok=True)
     results = []
     with tempfile.TemporaryDirectory(prefix="latentjax-bench-", dir=flags.directory) as name:
         directory = Path(name)
@@ -108,12 +110,42 @@ def _bench_data(flags: argparse.Namespace) -> int:
     return 0 if all(result.holds for result in results) else 1
 
 
+def _check_store(flags: argparse.Namespace) -> None:
+    """Checks the sizes that `bench data` was given, against each other and the disk, before files are written."""
+    tokens = flags.store_megabytes * 10**6 // 2  # of two bytes
+    if flags.batch_size * (flags.sequence_length + 1) > tokens:
+        raise UserError(
+            f"a batch of --batch_size={flags.batch_size} windows of --sequence_length={flags.sequence_length} tokens "
+            f"is more than a store of --store_megabytes={flags.store_megabytes} holds: lower one of them"
+        )
+    if flags.tokenizer:
+        from latentjax.data.tokenizers.saved import read_tokenizer
+
+        read_tokenizer(flags.tokenizer)
+    try:
+        if flags.directory is not None:
+            flags.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(flags.directory or tempfile.gettempdir()).free // 10**6
+    except OSError as error:
+        raise UserError(f"cannot write to --directory {flags.directory}: {error.strerror}") from error
+    needed = 2 * flags.store_megabytes + 4 * flags.text_megabytes  # the store and its plain twin; text and its stores
+    if needed > free:
+        raise UserError(
+            f"--store_megabytes={flags.store_megabytes} and --text_megabytes={flags.text_megabytes} take about "
+            f"{needed} MB of disk, and {free} are free: lower them, or name another --directory"
+        )
+
+
 def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     negative = [count for count in flags.thoughts if count < 0]
     if negative:
         raise UserError(f"--thoughts: C must be at least 0, not {negative[0]}")
     _treat_memory_as_the_trainer_does()
     config = _load(flags, overrides)
+    from latentjax.validation import validate
+
+    for count in flags.thoughts:
+        validate(_with_thoughts(config, count))
     from latentjax.training import processes
 
     processes.start(None, None, None)
@@ -273,6 +305,12 @@ def _load(flags: argparse.Namespace, overrides: Sequence[str]) -> "ConfigDict":
     config = config_lib.load(flags.config, overrides)
     validate(config)
     return config
+
+
+def _with_thoughts(config: "ConfigDict", count: int) -> "ConfigDict":
+    changed = config.copy_and_resolve_references()
+    changed.recurrence.num_latent_thoughts = count
+    return changed
 
 
 def _treat_memory_as_the_trainer_does() -> None:

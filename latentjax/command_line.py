@@ -2,16 +2,37 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief
+
+
+class _StoreOnce(argparse.Action):
+    """Stores the value of a flag, as argparse does, but not silently the last of several."""
+
+    _filled: argparse.Namespace | None = None
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if self._filled is namespace:
+            raise UserError(f"{'/'.join(self.option_strings) or self.dest} is given twice: give it once")
+        self._filled = namespace
+        setattr(namespace, self.dest, values)
 
 
 class LineParser(argparse.ArgumentParser):
-    """Reports a usage mistake as everything else a user can get wrong: in one line, with status 2."""
+    """Reports a usage mistake as everything else a user can get wrong: in one line, with status 2.
+
+    A flag with a value may be given once. (`--config.KEY=VALUE` is none of its flags: there the last one wins, so that
+    a script can put its own behind those of its user.)
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        for name in (None, "store"):
+            self.register("action", name, _StoreOnce)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
+        raise UserError(f"{brief(message, 300)} (--help lists the flags)")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -33,7 +54,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in override:
             value = next(remaining, None)
             if value is None or value.startswith("--"):
-                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+                raise UserError(f"{brief(argument)} has no value: write {brief(argument)}=VALUE")
             override = f"{override}={value}"
         overrides.append(override)
     return others, overrides

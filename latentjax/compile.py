@@ -42,8 +42,6 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments, overrides = split_overrides(argv)
     flags = _parser().parse_args(arguments)
-    if flags.num_jacobi_iterations is not None and flags.num_jacobi_iterations < 0:
-        raise UserError(f"--num_jacobi_iterations must be at least 0, not {flags.num_jacobi_iterations}")
     if flags.search_limit < 1:
         raise UserError(f"--search_limit must be at least 1, not {flags.search_limit}")
     config = config_lib.load(flags.config, overrides)
@@ -52,9 +50,13 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's alarms at slow compilations: they are announced here
     from latentjax.training.report_text import report_lines, search_lines
     from latentjax.training.topology import make_topology
-    from latentjax.validation import validate
+    from latentjax.validation import MOST_JACOBI_ITERATIONS, validate
 
     validate(config)
+    if not 0 <= (flags.num_jacobi_iterations or 0) <= MOST_JACOBI_ITERATIONS:
+        raise UserError(
+            f"--num_jacobi_iterations must be from 0 to {MOST_JACOBI_ITERATIONS}, not {flags.num_jacobi_iterations}"
+        )
     topology = make_topology(flags.topology, flags.num_slices)
 
     def note(line: str) -> None:

@@ -10,13 +10,18 @@ import inspect
 import json
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief, shown
+
+# What messages call the types that values have.
+TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple"}
 
 
 def default() -> ConfigDict:
@@ -141,43 +146,58 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
       UserError: no such file, a recipe that fails or returns something else, an unknown key, a value of another type.
     """
     path, _, argument = recipe.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"no recipe at {path!r}: give --config the path of a Python file such as configs/quickstart.py")
+    try:
+        is_file = Path(path).is_file()
+    except OSError:  # a name longer than the file system has
+        is_file = False
+    if not is_file:
+        raise UserError(
+            f"no recipe at {shown(path, 200)}: give --config the path of a Python file such as configs/quickstart.py"
+        )
     sys.path.insert(0, str(Path(path).resolve().parent))  # a recipe may build on the one beside it
     try:
-        get_config = runpy.run_path(path).get("get_config")
-    except SyntaxError as error:
-        # The recipe itself, or a module that it imports.
-        raise UserError(f"{error.filename or path}:{error.lineno}: {error.msg}") from error
-    except Exception as error:
-        raise UserError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
+        get_config = _run(path, runpy.run_path, path).get("get_config")
     finally:
         sys.path.pop(0)
     if not callable(get_config):
         raise UserError(f"{path} defines no get_config(): a recipe returns its config from that function")
-    if argument and not inspect.signature(get_config).parameters:
-        raise UserError(f"{path} takes no argument, but was given ':{argument}'")
-    try:
-        config = get_config(*([argument] if argument else []))
-    except UserError:
-        raise
-    except Exception as error:
-        # ml_collections names the nearest key, and both types, in these messages.
-        reason = str(error.args[0]) if error.args else ""
-        raise UserError(f"{_place(path, error)}: {type(error).__name__}: {reason}") from error
+    if argument and not _run(path, inspect.signature, get_config).parameters:
+        raise UserError(f"{path} takes no argument, but was given {shown(':' + argument)}")
+    config = _run(path, get_config, *([argument] if argument else []))
     if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(default()).keys():
         raise UserError(f"{path}: get_config() must return a config made by latentjax.config.default()")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
+            raise UserError(f"--config.{brief(key)} has no value: write --config.{brief(key)}=VALUE")
         set_key(config, key, text)
     return config
 
 
+def _run(path: str, function: Callable, *arguments: Any) -> Any:
+    """Calls what runs code of the recipe at `path`, whose mistakes become a `UserError` with the line."""
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        # The recipe itself, or a module that it imports.
+        place = error.filename or path
+        raise UserError(f"{place}:{error.lineno}: {error.msg}" if error.lineno else f"{place}: {error.msg}") from error
+    except SystemExit as error:
+        raise UserError(
+            f"{_place(path, error)}: the recipe left Python (exit) instead of returning a config"
+        ) from error
+    except Exception as error:
+        # ml_collections names the nearest key, and both types, in the first argument of these.
+        reason = error.args[0] if isinstance(error, AttributeError | KeyError | TypeError) and error.args else error
+        raise UserError(f"{_place(path, error)}: {type(error).__name__}: {brief(reason, 200)}") from error
+
+
 def _place(path: str, error: BaseException) -> str:
     """Names the line of the recipe that an exception came through."""
-    lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__) if frame.filename == path]
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == path]
     return f"{path}:{lines[-1]}" if lines else path
 
 
@@ -193,7 +213,7 @@ def set_key(config: ConfigDict, key: str, text: str) -> None:
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
         full = [name for name in known if near and (name == near[0] or name.endswith(f".{near[0]}"))]
         hint = f"did you mean {full[0]!r}?" if full else f"the groups are {', '.join(config.keys())}"
-        raise UserError(f"unknown config key {key!r}: {hint}")
+        raise UserError(f"unknown config key {shown(key)}: {hint}")
     group, name = key.rsplit(".", 1)
     config[group][name] = _parse(key, text, known[key])
 
@@ -203,8 +223,11 @@ def _parse(key: str, text: str, default_value: Any) -> Any:
     kind = type(default_value)
     if kind is str:
         return text
+    if kind is tuple and not text:
+        return ()
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+        with warnings.catch_warnings(action="ignore"):  # Python remarks on odd literals
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = text
     if kind is tuple and not isinstance(value, list | tuple):
@@ -216,8 +239,7 @@ def _parse(key: str, text: str, default_value: Any) -> Any:
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e6 steps
     if type(value) is not kind:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple"}[kind]
-        raise UserError(f"config key {key!r} takes {wanted}, not {text!r}")
+        raise UserError(f"config key {key!r} takes {TYPE_NAMES[kind]}, not {shown(text)}")
     return value
 
 
@@ -240,8 +262,8 @@ def values_from_json(text: str, source: str) -> dict[str, Any]:
     try:
         groups = json.loads(text)
         values = {f"{group}.{name}": value for group, knobs in groups.items() for name, value in knobs.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{source} is not a latentjax config: {error}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{source} is not a latentjax config: {brief(error)}") from error
     return {key: _as_tuples(value) for key, value in values.items()}
 
 
@@ -258,7 +280,11 @@ def from_json(text: str, source: str) -> ConfigDict:
     try:
         for key, value in values.items():
             group, name = key.split(".")
+            if value is None or isinstance(value, bool) is not isinstance(config[group][name], bool):
+                raise TypeError(f"{key} is {shown(value)}")  # which the config itself would take
             config[group][name] = value
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} is not a latentjax config: {error}") from error
+        raise UserError(
+            f"{source} is not a latentjax config: {brief(error.args[0] if error.args else error)}"
+        ) from error
     return config

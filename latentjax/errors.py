@@ -10,10 +10,35 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: what, where, what to do."""
+
+    def __init__(self, message: str):
+        """Takes the message; what other libraries have said in it may have line breaks, which become spaces."""
+        super().__init__(" ".join(filter(None, map(str.strip, message.splitlines()))))
+
+
+def brief(text: object, limit: int = 160) -> str:
+    """Returns a text, such as what another library says, as one line of at most `limit` characters.
+
+    What is too long loses its middle: the beginning says what is wrong, the end often where.
+    """
+    line = " ".join(str(text).split())
+    if len(line) <= limit:
+        return line
+    kept = limit - len(" ... ")
+    return f"{line[: kept - kept // 3]} ... {line[len(line) - kept // 3 :]}"
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """Returns a value that the user gave, as Python writes it and as `brief` shortens it."""
+    try:
+        return brief(repr(value), limit)
+    except ValueError:  # Python writes no whole number of more than some thousands of digits
+        return f"a {type(value).__name__} too long to be shown"
 
 
 def run_verb(name: str, main: Callable[[Sequence[str]], int]) -> None:
@@ -33,7 +58,7 @@ def run_verb(name: str, main: Callable[[Sequence[str]], int]) -> None:
 def report(name: str, error: BaseException) -> int:
     """Says on stderr what ended the verb `name`, a user's mistake in one line; returns the exit status for it."""
     if isinstance(error, UserError):
-        print(f"latentjax.{name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"latentjax.{name}: error: {error}", file=sys.stderr, flush=True)
         return 2
     if isinstance(error, KeyboardInterrupt):
         # A verb that has something to save handles the signal itself and never comes here.
@@ -41,8 +66,3 @@ def report(name: str, error: BaseException) -> int:
         return 128 + signal.SIGINT
     traceback.print_exception(error)
     return 1
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception, without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
       UserError: anything wrong with the flags, the corpus or the output.
     """
     flags = _parser().parse_args(argv)
+    _check_together(flags)
     if flags.verify is not None:
         return _verify(flags.verify)
     if flags.inspect is not None:
@@ -126,6 +127,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check_together(flags: argparse.Namespace) -> None:
+    """Checks that no flag is given that what is asked for would pass over."""
+    stated = [f"--{name}" for name in ("verify", "inspect") if getattr(flags, name) is not None]
+    others = [f"--{name}" for name in ("input", "tokenizer", "output") if getattr(flags, name) is not None]
+    if stated and len(stated + others) > 1:
+        raise UserError(f"{' and '.join(stated + others)} do not go together: {stated[0]} takes a finished store alone")
+    if flags.json and flags.inspect is None:
+        raise UserError("--json is for --inspect, which is not given")
+
+
 def _data_config(flags: argparse.Namespace) -> ConfigDict:
     data = default().data
     data.path, data.tokenizer = flags.input, flags.tokenizer
@@ -136,6 +147,8 @@ def _data_config(flags: argparse.Namespace) -> ConfigDict:
     for name in ("max_malformed", "shard_megabytes"):
         if data[name] < 0:
             raise UserError(f"--{name} must be at least 0, not {data[name]}")
+    if not 0 < data.eval_fraction < 1:
+        raise UserError(f"--eval_fraction must be between 0 and 1, not {data.eval_fraction}")
     if flags.vocab_size is not None:
         if flags.tokenizer != TRAINED:
             raise UserError(f"--vocab_size is for --tokenizer {TRAINED}; {flags.tokenizer} has its own")

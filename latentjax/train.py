@@ -37,14 +37,14 @@ def main(argv: Sequence[str]) -> int:
     workdir = flags.workdir or Path("runs") / "-".join(filter(None, (Path(recipe).stem, argument)))
 
     # Here and not above: processes that read data import this module too, and have no use for jax.
+    from latentjax.validation import validate
+
+    validate(config)
     from latentjax.training import host_memory, processes
 
     if host_memory.computes_on_cpu():
         host_memory.keep_freed_memory()
     processes.start(flags.coordinator, flags.num_processes, flags.process_id)  # before jax looks for devices
-    from latentjax.validation import validate
-
-    validate(config)
     from latentjax.training.loop import train
     from latentjax.training.signals import StopRequest
 

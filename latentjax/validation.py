@@ -1,13 +1,12 @@
 """Limits on the values of a config, checked before any device is touched."""
 
-import math
 import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from latentjax.config import flatten
-from latentjax.errors import UserError
+from latentjax.config import TYPE_NAMES, default, flatten
+from latentjax.errors import UserError, shown
 from latentjax.models.attention import check_backend
 from latentjax.models.backbone import ARCHITECTURES
 from latentjax.models.loops import LOOPS
@@ -22,29 +21,64 @@ _CHOICES = {
     "recurrence.method": tuple(METHODS),
 }
 
+# What 32-bit numbers hold: devices count and index in int32 and compute in float32.
+_LARGEST_SIZE = 2**31 - 1
+_LARGEST_FLOAT = 3.4e38
+# Of what only the host counts: as good as no limit.
+_LARGEST_COUNT = 2**63 - 1
+# A decay nearer to 1 is 1 in float32, and the first step's bias correction would divide by zero.
+_LARGEST_DECAY = 1 - 1e-7
+
+# R: many more than any model needs, few enough to be computed.
+MOST_JACOBI_ITERATIONS = 10_000
+
 # Lowest and highest allowed value, both included; numbers without an entry may not be negative.
 _RANGES = {
     **dict.fromkeys(
         [
             "model.num_layers", "model.hidden_size", "model.num_heads", "model.intermediate_size", "model.vocab_size",
             "model.max_position_embeddings", "data.tokenizer_vocab_size", "data.sequence_length", "data.batch_size",
-            "train.num_steps", "train.log_every_steps", "train.eval_batches", "train.sample_tokens",
-            "train.gradient_accumulation_steps", "checkpoint.every_steps", "checkpoint.max_to_keep",
+            "train.num_steps", "train.sample_tokens", "train.gradient_accumulation_steps",
         ],
-        (1, math.inf),
+        (1, _LARGEST_SIZE),
     ),
+    **dict.fromkeys(
+        ["train.log_every_steps", "train.eval_batches", "checkpoint.every_steps", "checkpoint.max_to_keep"],
+        (1, _LARGEST_COUNT),
+    ),
+    # Growing passes are written out one after another, and each of them is another program's worth of compiling.
+    "recurrence.num_latent_thoughts": (0, 1000),
+    "recurrence.num_jacobi_iterations": (0, MOST_JACOBI_ITERATIONS),
+    "model.num_kv_heads": (0, _LARGEST_SIZE),
     "model.rotary_fraction": (0.0, 1.0),
-    "model.rope_theta": (1.0, math.inf),
+    "model.rope_theta": (1.0, _LARGEST_FLOAT),
     "model.norm_epsilon": (1e-30, 1.0),
     "data.eval_fraction": (1e-9, 0.5),
+    # More would start threads and processes, or fill the memory, without end.
+    "data.num_threads": (0, 1000),
+    "data.num_workers": (0, 1000),
+    "data.prefetch_batches": (0, 10_000),
+    "data.device_prefetch": (0, 1000),
+    "data.seed": (0, 2**64 - 1),
     "optimizer.min_learning_rate_ratio": (0.0, 1.0),
     "optimizer.warmup_ratio": (0.0, 1.0),
-    "optimizer.b1": (0.0, 1 - 1e-9),
-    "optimizer.b2": (0.0, 1 - 1e-9),
+    "optimizer.b1": (0.0, _LARGEST_DECAY),
+    "optimizer.b2": (0.0, _LARGEST_DECAY),
     "optimizer.eps": (1e-30, 1.0),
     "train.lost_after_seconds": (1.0, 600.0),  # before jax loses its own patience
-    **dict.fromkeys((f"mesh.{axis}" for axis in ("replica", "data", "fsdp", "sequence", "tensor")), (-1, math.inf)),
+    "train.hung_after_seconds": (0.0, _LARGEST_FLOAT),
+    "train.seed": (0, 2**32 - 1),  # jax would take it modulo 2**32
+    **dict.fromkeys(
+        ["mesh.replica", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"],
+        (-1, _LARGEST_SIZE),
+    ),
 }  # fmt: skip
+
+# Models and batches beyond these are slips of the keyboard: a digit or two too many.
+_MOST_PARAMETERS = 10**13
+_MOST_SLOTS = 2**31 - 1  # of a step
+
+_FILLED = ("data.tokenizer", "data.store_cache")  # an empty path would be the current directory
 
 
 def validate(config: ConfigDict) -> None:
@@ -53,21 +87,38 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: the first value that cannot be, with what is allowed.
     """
+    defaults = flatten(default())
     for key, value in flatten(config).items():
+        _check_type(key, value, type(defaults[key]))
         if key in _CHOICES and value not in _CHOICES[key]:
-            raise UserError(f"{key}={value!r} is not known: choose {' or '.join(_CHOICES[key])}")
+            raise UserError(f"{key}={shown(value)} is not known: choose {' or '.join(_CHOICES[key])}")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            _check_range(key, value, *_RANGES.get(key, (0, math.inf)))
+            largest = _LARGEST_COUNT if isinstance(value, int) else _LARGEST_FLOAT
+            _check_range(key, value, *_RANGES.get(key, (0, largest)))
+        if key in _FILLED and not value:
+            raise UserError(f"{key} is empty: set it to {defaults[key]!r}, the default, or another")
+    check_backend(config.model.attention)
     _check_model(config.model)
     _check_recurrence(config.recurrence)
     _check_data(config)
-    check_backend(config.model.attention)
+    _check_mesh(config.mesh)
+    _check_size(config)
+
+
+def _check_type(key: str, value: Any, kind: type) -> None:
+    """Checks what a recipe can get past the config's own watch over types: None, and true for a number."""
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        raise UserError(f"config key {key!r} takes {TYPE_NAMES[kind]}, not {shown(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key}={shown(value)} holds the character U+0000, which no path or name can: leave it out")
 
 
 def _check_range(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
-        limits = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-        raise UserError(f"{key}={value!r} is out of range: it must be a number {limits}")
+    if not low <= value <= high:
+        no_limit = high in (_LARGEST_COUNT, _LARGEST_FLOAT) and value < high
+        limits = f"at least {low}" if no_limit else f"from {low} to {high}"
+        raise UserError(f"{key}={shown(value)} is out of range: it must be a number {limits}")
 
 
 def _check_model(model: ConfigDict) -> None:
@@ -94,9 +145,11 @@ def _check_model(model: ConfigDict) -> None:
 
 def _check_recurrence(recurrence: ConfigDict) -> None:
     choices = recurrence.train_jacobi_iterations
-    if not choices or not all(type(choice) is int and choice >= 0 for choice in choices):
+    most = MOST_JACOBI_ITERATIONS
+    if not choices or not all(type(choice) is int and 0 <= choice <= most for choice in choices):
         raise UserError(
-            f"recurrence.train_jacobi_iterations={choices!r} must be whole numbers of at least 0, such as (2, 3, 4)"
+            f"recurrence.train_jacobi_iterations={shown(choices)} must be whole numbers from 0 to {most}, such as "
+            "(2, 3, 4)"
         )
 
 
@@ -104,16 +157,18 @@ def _check_sources(data: ConfigDict) -> None:
     _check_pairs("data.mixture", data.mixture, '("path", weight)', (int, float))
     _check_pairs("data.eval_sets", data.eval_sets, '("name", "path")', str)
     if data.mixture and data.path:
-        raise UserError(f"data.path={data.path!r} and data.mixture are both set: empty one of them")
+        raise UserError(f"data.path={shown(data.path)} and data.mixture are both set: empty one of them")
     for path, weight in data.mixture:
-        if not 0 < weight < math.inf:
-            raise UserError(f"data.mixture: the weight of {path!r} is {weight!r}, but it must be a number above 0")
+        if not 0 < weight <= _LARGEST_FLOAT:
+            raise UserError(
+                f"data.mixture: the weight of {shown(path)} is {shown(weight)}, but it must be a number above 0"
+            )
     names = [name for name, _ in data.eval_sets]
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(f"data.eval_sets: the name {name!r} must be made of letters, digits, _ and -")
+            raise UserError(f"data.eval_sets: the name {shown(name)} must be made of letters, digits, _ and -")
         if names.count(name) > 1:
-            raise UserError(f"data.eval_sets: the name {name!r} stands for two sets: give each its own")
+            raise UserError(f"data.eval_sets: the name {shown(name)} stands for two sets: give each its own")
 
 
 def _check_pairs(key: str, value: tuple, pair: str, second: Any) -> None:
@@ -122,17 +177,19 @@ def _check_pairs(key: str, value: tuple, pair: str, second: Any) -> None:
         fits = isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) and each[0] != ""
         if not fits or not isinstance(each[1], second) or isinstance(each[1], bool) or each[1] == "":
             # A pair alone, without the comma that makes it one of a tuple, is an easy mistake.
-            raise UserError(f"{key}={value!r} must be pairs, such as ({pair},) or ({pair}, {pair})")
+            raise UserError(f"{key}={shown(value)} must be pairs, such as ({pair},) or ({pair}, {pair})")
 
 
 def _check_data(config: ConfigDict) -> None:
     data, train = config.data, config.train
     for key in ("include", "exclude"):
-        if not all(isinstance(pattern, str) for pattern in data[key]):
-            raise UserError(f"data.{key}={data[key]!r} must be glob patterns in quotes")
+        if not all(isinstance(pattern, str) and pattern for pattern in data[key]):
+            raise UserError(f"data.{key}={shown(data[key])} must be glob patterns in quotes, none of them empty")
     _check_sources(data)
-    if not all(isinstance(prompt, str) and prompt for prompt in train.sample_prompts):
-        raise UserError(f"train.sample_prompts={train.sample_prompts!r} must be texts in quotes, none of them empty")
+    if not all(isinstance(prompt, str) and prompt and _is_text(prompt) for prompt in train.sample_prompts):
+        raise UserError(
+            f"train.sample_prompts={shown(train.sample_prompts)} must be texts in quotes, none of them empty"
+        )
     if data.sequence_length > config.model.max_position_embeddings:
         raise UserError(
             f"data.sequence_length={data.sequence_length} is longer than the model's limit, "
@@ -143,5 +200,38 @@ def _check_data(config: ConfigDict) -> None:
             f"data.batch_size={data.batch_size} is not divisible by "
             f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}: change one"
         )
-    if [config.mesh[axis] for axis in config.mesh].count(-1) > 1 or 0 in [config.mesh[axis] for axis in config.mesh]:
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text has a spelling in UTF-8; bytes of a command line in another encoding have none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_mesh(mesh: ConfigDict) -> None:
+    sizes = list(mesh.values())
+    if sizes.count(-1) > 1 or 0 in sizes:
         raise UserError("config group 'mesh': sizes are whole numbers of at least 1, of which one may be -1 (the rest)")
+
+
+def _check_size(config: ConfigDict) -> None:
+    """Checks that model and batch are not of a size that no machine has, before anything is made of it."""
+    model, data = config.model, config.data
+    matrices = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
+    parameters = model.num_layers * matrices + model.vocab_size * model.hidden_size
+    if parameters > _MOST_PARAMETERS:
+        raise UserError(
+            f"a model of model.num_layers={model.num_layers}, model.hidden_size={model.hidden_size}, "
+            f"model.intermediate_size={model.intermediate_size} and model.vocab_size={model.vocab_size} has "
+            f"{parameters:.1e} parameters, more than any machine holds: lower one of them"
+        )
+    slots = data.batch_size * data.sequence_length * (config.recurrence.num_latent_thoughts + 1)
+    if slots > _MOST_SLOTS:
+        raise UserError(
+            f"data.batch_size={data.batch_size} sequences of data.sequence_length={data.sequence_length} tokens, each "
+            f"with recurrence.num_latent_thoughts={config.recurrence.num_latent_thoughts}, are {slots:.1e} slots a "
+            f"step, but at most {_MOST_SLOTS} can be counted: lower one of them"
+        )

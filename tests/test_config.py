@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from latentjax.config import default, flatten, from_json, load, set_key, to_json
-from latentjax.errors import UserError
+from latentjax.errors import UserError, shown
 
 RECIPE = """
 from latentjax.config import default
@@ -171,7 +171,7 @@ def test_unknown_key_like_no_other_names_the_groups():
 def test_value_of_another_type(recipe, key, text, wanted):
     """Says what the key takes and what it was given."""
     message = error_of(load, recipe(RECIPE), [f"{key}={text}"])
-    assert message == f"config key {key!r} takes {wanted}, not {text!r}"
+    assert message == f"config key {key!r} takes {wanted}, not {shown(text)}"
 
 
 def test_override_without_a_value(recipe):

@@ -117,12 +117,12 @@ def test_inspect_shows_what_is_there(corpus, tmp_path, capsys):
         (["--tokenizer", "bytes", "--num_workers", "two"], "invalid int value: 'two'"),
         (["--tokenizer", "bytes", "--num_workers", "0"], "--num_workers must be at least 1, not 0"),
         (["--tokenizer", "bytes", "--shard_megabytes", "-1"], "--shard_megabytes must be at least 0, not -1"),
-        (["--tokenizer", "bytes", "--eval_fraction", "1"], "data.eval_fraction must be between 0 and 1, not 1.0"),
-        (["--tokenizer", "bytes", "--eval_fraction", "0"], "data.eval_fraction must be between 0 and 1, not 0.0"),
+        (["--tokenizer", "bytes", "--eval_fraction", "1"], "--eval_fraction must be between 0 and 1, not 1.0"),
+        (["--tokenizer", "bytes", "--eval_fraction", "0"], "--eval_fraction must be between 0 and 1, not 0.0"),
         (["--tokenizer", "bytes", "--beam_runner", "Cray"], "invalid choice: 'Cray'"),
         (["--tokenizer", "sentencepiece"], "vocabulary of 8192 is too large for this corpus: the largest"),
-        (["--tokenizer", "bytes", "--include", "*.md"], r"no file under .* matches include \*.md"),
-        (["--tokenizer", "bytes", "--input", "gs://bucket/pile"], "needs the package gcsfs: pip install gcsfs"),
+        (["--tokenizer", "bytes", "--include", "*.md"], "--include is given twice: give it once"),
+        (["--tokenizer", "bytes", "--output", "x"], "--output is given twice: give it once"),
         ([], "--tokenizer is missing"),
     ],
 )
@@ -130,6 +130,11 @@ def test_mistakes_are_told(corpus, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         main(flags(corpus, tmp_path / "store", *change))
     assert not (tmp_path / "store").exists()
+
+
+def test_a_url_without_its_package(tmp_path):
+    with pytest.raises(UserError, match="needs the package gcsfs: pip install gcsfs"):
+        main(flags("gs://bucket/pile", tmp_path / "store", "--tokenizer", "bytes"))
 
 
 def run(*arguments):

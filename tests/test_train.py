@@ -26,7 +26,7 @@ def error_of(capsys: pytest.CaptureFixture, tmp_path: Path, *overrides: str, rec
         ("optimizer.learning_rat=1", ["optimizer.learning_rat", "optimizer.learning_rate"]),
         ("batch_size=4", ["'batch_size'", "data.batch_size"]),
         ("train.num_steps=many", ["train.num_steps", "whole number", "'many'"]),
-        ("train.num_steps=0", ["train.num_steps", "at least 1"]),
+        ("train.num_steps=0", ["train.num_steps", "from 1 to"]),
         ("optimizer.learning_rate=-1", ["optimizer.learning_rate", "at least 0"]),
         ("optimizer.warmup_ratio=2", ["optimizer.warmup_ratio", "from 0.0 to 1.0"]),
         ("model.architecture=gtp", ["model.architecture", "gpt_neox or llama"]),

@@ -4,6 +4,8 @@ The tasks, and so the shards, are those of local processes, byte for byte. All w
 must share: a network directory or a URL.
 """
 
+import contextlib
+import io
 import logging
 import shlex
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from latentjax.data.preparation import RunTasks
 from latentjax.data.progress import Stage
 from latentjax.data.tasks import RECORDS_DIRECTORY, Job, Task, run_task
-from latentjax.errors import UserError
+from latentjax.errors import UserError, shown
 
 RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
 
@@ -25,20 +27,30 @@ def beam_tasks(runner: str, options: str, num_workers: int) -> RunTasks:
       num_workers: processes of the DirectRunner; the other runners have options of their own.
 
     Raises:
-      UserError: apache-beam is not installed, or an option is unknown to it.
+      UserError: apache-beam is not installed, or an option has a value that it does not take.
     """
     try:
         import apache_beam  # noqa: F401  (an extra, and slow to import)
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError("--beam_runner needs Apache Beam: pip install 'latentjax[beam]'") from error
-    arguments = [f"--runner={runner}", *shlex.split(options)]
+    try:
+        arguments = [f"--runner={runner}", *shlex.split(options)]
+    except ValueError as error:
+        raise UserError(f"--beam_options={shown(options)}: {error}; quote it as a shell wants it") from error
     if runner == "DirectRunner":
         arguments += [f"--direct_num_workers={num_workers}", "--direct_running_mode=multi_processing"]
         # Every process of it would tell on stderr, at length, that it begins and ends.
         arguments += ["--default_sdk_harness_log_level=ERROR"]
         logging.getLogger("apache_beam").setLevel(logging.ERROR)
     parsed = PipelineOptions(arguments, save_main_session=False)
+    said = io.StringIO()
+    try:
+        # Beam reads them with argparse, which would print its usage and leave, and not before the pipeline is made.
+        with contextlib.redirect_stderr(said):
+            parsed.get_all_options()
+    except SystemExit as error:
+        raise UserError(f"--beam_options={shown(options)}: {said.getvalue().strip().splitlines()[-1]}") from error
 
     def run(job: Job, tasks: Sequence[Task], stage: Stage) -> None:
         _run(parsed, job, tasks, stage)

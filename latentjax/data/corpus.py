@@ -160,7 +160,7 @@ def _read_json(path: str) -> dict:
     with remote.open_binary(path) as file:
         try:
             found = json.loads(file.read(1 << 26))
-        except ValueError:
+        except (ValueError, RecursionError):
             found = {}
     return found if isinstance(found, dict) else {}
 

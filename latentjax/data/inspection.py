@@ -1,12 +1,35 @@
 """What a token store holds, for people to look at."""
 
-from latentjax.data.store import SPLITS, TokenStore
+import functools
+from collections.abc import Callable
+
+from latentjax.data.store import MANIFEST_FILE, SPLITS, TokenStore
+from latentjax.errors import UserError, brief
 
 _SAMPLE_TOKENS = 64
 _SAMPLE_CHARACTERS = 400
 _BAR = 40
+_MOST_DIGITS = 64  # binary ones, of a document's length
 
 
+def _checked(function: Callable) -> Callable:
+    """Makes a `UserError` of a manifest in which something is missing or of another kind: only people read these."""
+
+    @functools.wraps(function)
+    def checked(given):
+        try:
+            return function(given)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+            path = given["path"] if isinstance(given, dict) else given.path
+            raise UserError(
+                f"{path}/{MANIFEST_FILE} is damaged where it tells of the corpus ({type(error).__name__}: "
+                f"{brief(error)}): restore it from a copy"
+            ) from error
+
+    return checked
+
+
+@_checked
 def inspect(store: TokenStore) -> dict:
     """Returns the manifest's facts, a decoded sample of each split and the histogram of document lengths.
 
@@ -35,8 +58,9 @@ def inspect(store: TokenStore) -> dict:
     }
 
 
+@_checked
 def describe(facts: dict) -> str:
-    """Returns what `inspect` found as text for a terminal."""
+    """Returns what `inspect` found as text for a terminal; raises as `inspect`."""
     corpus, tokenizer = facts["corpus"], facts["tokenizer"]
     lines = [
         facts["path"],
@@ -57,6 +81,8 @@ def describe(facts: dict) -> str:
     for name, sample in facts["samples"].items():
         lines += ["", f"beginning of {name}:", *(f"  | {line}" for line in sample.splitlines())]
     lengths = {int(digits): count for digits, count in corpus["document_lengths"].items()}
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= _MOST_DIGITS:
+        raise ValueError(f"documents of 2**{max(lengths)} tokens")
     if lengths:
         lines += ["", "documents by length in tokens:"]
         most = max(lengths.values())

@@ -215,7 +215,8 @@ def _survey(idx: Path, num_sequences: int, bin_path: Path, bin_size: int, dtype:
         lengths = np.fromfile(idx, "<i4", count, offset=_HEADER.size + 4 * first).astype(np.int64)
         pointers = np.fromfile(idx, "<i8", count, offset=_HEADER.size + 4 * num_sequences + 8 * first)
         ends = pointers + lengths * dtype.itemsize
-        bad = np.flatnonzero((lengths < 0) | (pointers < 0))
+        # Places far beyond the file would wrap around when the lengths are added.
+        bad = np.flatnonzero((lengths < 0) | (pointers < 0) | (pointers > 2**62))
         if bad.size:
             raise UserError(
                 f"{idx} is damaged: sequence {first + bad[0]} has {lengths[bad[0]]} tokens at byte {pointers[bad[0]]}"

@@ -65,9 +65,11 @@ class OutputDirectory:
                     text = Path(self.path, name).read_text()
             except FileNotFoundError:
                 return None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.path}/{name} is damaged: {error}") from error
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path}/{name} is damaged: {error}") from error
 
     def write_json(self, name: str, value: Any) -> None:

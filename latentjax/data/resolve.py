@@ -195,7 +195,7 @@ def _fetched(url: str, cache: Path, progress: Progress) -> TokenStore:
     try:
         shards = [Shard(**shard) for split in manifest["splits"].values() for shard in split["shards"]]
         place = cache / f"{url.rstrip('/').rsplit('/', 1)[-1]}-{manifest['recipe'][:16]}"
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{url}/{MANIFEST_FILE} is damaged: it does not describe a token store") from error
     if (place / MANIFEST_FILE).is_file():
         return TokenStore(place)

@@ -16,11 +16,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from xxhash import xxh3_64_digest
 
-from latentjax.errors import UserError
+from latentjax.errors import UserError, shown
 
 SHARD_SUFFIX = ".arrayrecord"
 # 16 KiB of uint16: four windows of 2048 tokens. The longer a block, the more is read and checked besides the window.
 BLOCK_TOKENS = 8192
+_MOST_BLOCK_TOKENS = 1 << 20
 
 _CHECKSUM_BYTES = 8
 # One record per chunk, so that each can be read alone.
@@ -43,6 +44,14 @@ class Shard:
     tokens: int
     bytes: int
     sha256: str
+
+    def __post_init__(self):
+        """Raises ValueError: one of them cannot be, or the name leads out of the store."""
+        numbers = (self.tokens, self.bytes)
+        if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+            raise ValueError(f"a shard of {shown(self.tokens)} tokens in {shown(self.bytes)} bytes")
+        if not isinstance(self.name, str) or self.name in ("", ".", "..") or set(self.name) & {"/", "\0"}:
+            raise ValueError(f"the name of a shard is {shown(self.name)}")
 
 
 class ShardWriter:
@@ -114,6 +123,8 @@ class ShardReader:
 
     def __init__(self, path: Path, num_tokens: int, dtype: str, block_tokens: int):
         """Takes the shard's facts from the manifest; opens no file yet."""
+        if type(block_tokens) is not int or not 0 < block_tokens <= _MOST_BLOCK_TOKENS:
+            raise ValueError(f"blocks of {shown(block_tokens)} tokens")  # each thread holds one
         self.path, self.num_tokens = path, num_tokens
         self._dtype, self._block_tokens = np.dtype(dtype).newbyteorder("<"), block_tokens
         self._stride = _RECORD_OVERHEAD + _CHECKSUM_BYTES + block_tokens * self._dtype.itemsize

@@ -7,6 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from latentjax.data.megatron import MegatronRow, is_megatron
+from latentjax.data.remote import reading
 from latentjax.data.resolve import given_tokenizer, resolve_store
 from latentjax.data.row import TokenRow
 from latentjax.data.store import TokenStore
@@ -91,7 +92,9 @@ class _Opened:
         return opened if isinstance(opened, TokenRow) else opened.split(split)
 
     def _open(self, path: str) -> "TokenStore | MegatronRow":
-        if is_megatron(path):
+        with reading(path):  # a name too long, a directory that may not be entered
+            megatron = is_megatron(path)
+        if megatron:
             tokenizer = given_tokenizer(self._data)
             self._check_tokenizer(path, tokenizer.fingerprint)
             self.tokenizer = self.tokenizer or tokenizer

@@ -21,7 +21,7 @@ from latentjax.data.row import TokenRow
 from latentjax.data.shards import SHARD_SUFFIX, Shard, ShardReader
 from latentjax.data.tokenizers.base import Tokenizer
 from latentjax.data.tokenizers.saved import load_tokenizer
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief, shown
 
 FORMAT = "latentjax token store"
 VERSION = 2
@@ -95,7 +95,7 @@ class TokenStore:
             self.vocab_size = int(self.manifest["tokenizer"]["vocab_size"])
             self.eod_id = int(self.manifest["tokenizer"]["eod_id"])
             self.fingerprint = str(self.manifest["tokenizer"]["fingerprint"])
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
             raise UserError(f"{self.path / MANIFEST_FILE} is damaged: {_reason(error)}") from error
         for split in self._splits.values():
             for shard in split.shards:
@@ -175,14 +175,14 @@ def _read_manifest(path: Path) -> dict:
         raise UserError(f"{path.parent} is no token store: it has no {MANIFEST_FILE}") from error
     except OSError as error:
         raise UserError(f"{path.parent} is no token store: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest["version"], int):
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or type(manifest.get("version")) is not int:
         raise UserError(f"{path} is not the manifest of a {FORMAT}")
     if manifest["version"] != VERSION:
         raise UserError(
-            f"{path} has format version {manifest['version']}, but this latentjax reads version {VERSION}: prepare the "
-            "store again with this version, or use the version that made it"
+            f"{path} has format version {shown(manifest['version'])}, but this latentjax reads version {VERSION}: "
+            "prepare the store again with this version, or use the version that made it"
         )
     return manifest
 
@@ -197,4 +197,4 @@ def _check_length(path: Path, shard: Shard) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return f"it lacks {error}" if isinstance(error, KeyError) else brief(error)

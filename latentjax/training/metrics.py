@@ -17,14 +17,17 @@ _SAMPLE_HEADER = re.compile(r"^=== step (\d+) ===$", re.MULTILINE)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole (a killed run may leave part of one at the end)."""
+    """The lines of a metrics.jsonl up to the first that is not whole (a killed run may leave part of one)."""
     lines = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
+                break
+            lines.append(line)
     return lines
 
 
@@ -86,7 +89,8 @@ class MetricsLog:
     def _cut_samples(self, start_step: int) -> None:
         if not self._samples_path.exists():
             return
-        text = self._samples_path.read_text(encoding="utf-8")
+        # A run that was killed may have left half a character at the end.
+        text = self._samples_path.read_text(encoding="utf-8", errors="replace")
         later = [match.start() for match in _SAMPLE_HEADER.finditer(text) if int(match[1]) > start_step]
         if later:
             write_whole(self._samples_path, text[: later[0]])

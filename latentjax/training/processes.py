@@ -6,6 +6,7 @@ them in its environment who the others are, or by explicit flags.
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from latentjax.errors import UserError, one_line, report
+from latentjax.errors import UserError, brief, report, shown
 from latentjax.training.last_words import Witness
 from latentjax.training.mesh import put_shards
 from latentjax.training.signals import StopRequest
@@ -48,8 +49,9 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     if any(value is not None for value in explicit):
         if None in explicit:
             raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
-        if ":" not in coordinator:
-            raise UserError(f"--coordinator={coordinator} must be HOST:PORT of process 0")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+            raise UserError(f"--coordinator={shown(coordinator)} must be HOST:PORT of process 0, as node-1:1234")
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
         _initialize(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
@@ -119,7 +121,7 @@ def watched(settings: ConfigDict) -> Iterator[Watchdog | None]:
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely it is the devices of another that are gone
             watchdog.expect_verdict()
         status = report("train", error)
-        watchdog.end(f"{type(error).__name__}: {one_line(error)[:_MESSAGE_BYTES]}", status)
+        watchdog.end(f"{type(error).__name__}: {brief(error, _MESSAGE_BYTES)}", status)
         sys.stdout.flush()
         os._exit(status)
     watchdog.end("", 0)

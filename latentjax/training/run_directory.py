@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from latentjax import config as config_lib
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief
 
 PACKAGES = ("latentjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -48,7 +48,7 @@ def claim(workdir: Path, config: ConfigDict) -> tuple[list[str], TextIO]:
 
 
 def _changes(path: Path, workdir: Path, config: ConfigDict) -> list[str]:
-    before = config_lib.values_from_json(path.read_text(encoding="utf-8"), str(path))
+    before = config_lib.values_from_json(_read(path), str(path))
     changes = []
     for key, value in config_lib.flatten(config).items():
         # A knob that the version which began the run did not have is reported like one that was changed.
@@ -83,6 +83,13 @@ def _lock(workdir: Path) -> TextIO:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {brief(error)}; give another --workdir") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -99,9 +99,9 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
             f"the data ({sources.description}) have a vocabulary of {sources.vocab_size}, larger than "
             f"model.vocab_size={config.model.vocab_size}: raise that, or use a tokenizer with fewer pieces"
         )
-    encode_prompts(
-        sources.tokenizer, config.train.sample_prompts, config.train.sample_tokens, config.model.max_position_embeddings
-    )
+    if config.train.sample_every_steps:
+        train, limit = config.train, config.model.max_position_embeddings
+        encode_prompts(sources.tokenizer, train.sample_prompts, train.sample_tokens, limit)
     start_clock.note("opening the data")
     mesh = make_mesh(config, jax.devices())
     programs.use_compilation_cache(config.train.compilation_cache)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief, shown
 from latentjax.training.hardware import Chip, chip_of
 
 
@@ -48,6 +48,8 @@ _KINDS = {
     "tpu7x": _Kind(3, 9216),
 }
 
+_MOST_SLICES = 1024  # each of them is made, device by device
+
 _LOOKS = "such as v5e:4x8 or v5p:4x4x4"
 
 
@@ -61,12 +63,12 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     kind = kind.lower()
     if not separator or kind not in _KINDS:
         raise UserError(
-            f"--topology {name!r} is not known: it is a chip and its slice's shape, {_LOOKS}; "
+            f"--topology {shown(name)} is not known: it is a chip and its slice's shape, {_LOOKS}; "
             f"the chips are {', '.join(_KINDS)}"
         )
     dimensions, largest = _KINDS[kind].dimensions, _KINDS[kind].max_chips
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or len(sizes := _sizes(shape)) != dimensions:
-        raise UserError(f"--topology {name!r}: a slice of {kind} has {dimensions} dimensions, {_LOOKS}")
+    if not re.fullmatch("[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})*", shape) or len(sizes := _sizes(shape)) != dimensions:
+        raise UserError(f"--topology {shown(name)}: a slice of {kind} has {dimensions} dimensions, {_LOOKS}")
     # A host has 2 x 2 chips, and a slice is made of whole hosts; but there are also hosts with one chip.
     if math.prod(sizes) > 1 and (sizes[0] % 2 or sizes[1] % 2):
         raise UserError(f"--topology {name!r}: slices are made of 2x2 chips, so the first two sizes must be even")
@@ -90,8 +92,8 @@ def make_topology(name: str, num_slices: int = 1) -> Topology:
       UserError: no such topology, libtpu is not installed, or cannot be loaded.
     """
     kind, sizes = parse_topology(name)
-    if num_slices < 1:
-        raise UserError(f"--num_slices must be at least 1, not {num_slices}")
+    if not 1 <= num_slices <= _MOST_SLICES:
+        raise UserError(f"--num_slices must be from 1 to {_MOST_SLICES}, not {shown(num_slices)}")
     if not os.environ.get("TPU_LIBRARY_PATH") and importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for TPUs needs libtpu, which is not installed (it exists for Linux on x86-64): "
@@ -120,7 +122,7 @@ def _reason(name: str, message: str) -> str:
             "another process is using libtpu, and ALLOW_MULTIPLE_LIBTPU_LOAD forbids a second one: wait for it, or "
             "unset that variable"
         )
-    return f"libtpu does not make the topology {name!r}: {message.splitlines()[0]}"
+    return f"libtpu does not make the topology {name!r}: {brief(message)}"
 
 
 def _prepare_environment() -> None:

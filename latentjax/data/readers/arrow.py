@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from latentjax.data import remote
 from latentjax.data.readers.base import CorpusFile, LeftOut, Malformed, Piece, Reader, Span
-from latentjax.data.readers.columns import Documents, arrow_errors, check_field, group
+from latentjax.data.readers.columns import Documents, arrow_errors, check_field, checked, group
 
 
 class ArrowReader(Reader):
@@ -29,7 +29,7 @@ class ArrowReader(Reader):
                 if place >= span.start:
                     share = self._share(span, place)
                     documents = Documents(file, share, self.options, rows_before, batch.num_rows)
-                    yield from documents.of(batch.column(self.options.text_field))
+                    yield from documents.of(checked(batch.column(self.options.text_field)))
                 rows_before += batch.num_rows
 
     @staticmethod

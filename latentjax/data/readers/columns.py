@@ -34,6 +34,21 @@ def check_field(names: list[str], kind: pa.DataType | None, field: str, path: st
         raise UserError(f"{path}: field {field!r} is {kind}, neither text nor lists of token ids")
 
 
+def checked(column: pa.Array) -> pa.Array:
+    """Returns a column that was mapped from a file, whose offsets have been made sure to lie within its data.
+
+    What is in a file is taken as it is, and reading on from a wrong offset would end the process. Text comes back as
+    bytes: whether it is UTF-8 is asked row by row.
+
+    Raises:
+      ArrowInvalid: it is damaged.
+    """
+    kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    column = column.view(kinds[column.type]) if column.type in kinds else column
+    column.validate(full=True)
+    return column
+
+
 class Documents:
     """Makes documents of the rows of a span that come batch by batch."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentjax.data.tokenizers.base import SPACE_SYMBOL
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief
 
 # In the order in which they are asked; the first that names a token decides.
 _NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -20,6 +20,8 @@ _MODELS = ("BPE", "Unigram")
 _LOSING_PRE_TOKENIZERS = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
 
 _DECODERS = ("ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
+
+_MOST_IDS = 1 << 24
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -79,8 +81,9 @@ def read_definition(content: bytes, eod_token: str, source: str) -> Definition:
     pipeline = _parse(content, source)
     try:
         return _make_ready(pipeline, eod_token, source)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{source} is not a Hugging Face tokenizer.json: {type(error).__name__} {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"{type(error).__name__} {brief(error)}"
+        raise UserError(f"{source} is not a Hugging Face tokenizer.json: {reason}") from error
 
 
 def _make_ready(pipeline: dict[str, Any], eod_token: str, source: str) -> Definition:
@@ -136,14 +139,14 @@ def find_eod_token(content: bytes, read_beside: Callable[[str], dict | None], so
 def _parse(content: bytes, source: str) -> dict[str, Any]:
     try:
         pipeline = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is damaged: it is not JSON ({error})") from error
     model = pipeline.get("model") if isinstance(pipeline, dict) else None
     if not isinstance(model, dict) or "vocab" not in model:
         raise UserError(f"{source} is not a Hugging Face tokenizer.json: it has no model with a vocabulary")
     try:
         _vocabulary(pipeline)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source} is not a Hugging Face tokenizer.json: its vocabulary is damaged") from error
     return pipeline
 
@@ -152,7 +155,11 @@ def _vocabulary(pipeline: dict[str, Any]) -> dict[str, int]:
     vocabulary = pipeline["model"]["vocab"]
     if isinstance(vocabulary, list):  # of (piece, score), in a Unigram model
         vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
-    return vocabulary | {token["content"]: token["id"] for token in pipeline.get("added_tokens", [])}
+    vocabulary = vocabulary | {token["content"]: token["id"] for token in pipeline.get("added_tokens", [])}
+    # Tables are made with a row for every id up to the highest.
+    if not all(type(index) is int and 0 <= index < _MOST_IDS for index in vocabulary.values()):
+        raise ValueError(f"an id that is no whole number from 0 to {_MOST_IDS - 1}")
+    return vocabulary
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -225,6 +232,6 @@ def _take_dummy_prefix(pipeline: dict[str, Any], space_symbol: str, source: str)
 
 def _refuse(source: str, what: str) -> None:
     raise UserError(
-        f"{source} cannot be used: it has {what}, so its tokens do not spell the text exactly; byte-level and "
+        f"{source} cannot be used: it has {brief(what)}, so its tokens do not spell the text exactly; byte-level and "
         "sentencepiece-like tokenizers do"
     )

@@ -15,7 +15,7 @@ import tokenizers
 
 from latentjax.data.tokenizers.base import save_description
 from latentjax.data.tokenizers.definition import BYTE_TOKENS, Definition, read_definition
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -51,7 +51,7 @@ class HuggingFaceTokenizer:
         try:
             self._encoder = tokenizers.Tokenizer.from_str(read.pipeline)
         except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{source} is not a Hugging Face tokenizer.json: {error}") from error
+            raise UserError(f"{source} is not a Hugging Face tokenizer.json: {brief(error)}") from error
         # Text that spells a special token is split like other text.
         self._encoder.encode_special_tokens = True
         vocabulary = self._encoder.get_vocab()

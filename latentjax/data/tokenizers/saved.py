@@ -9,7 +9,7 @@ from latentjax.data.tokenizers.byte_level import ByteTokenizer
 from latentjax.data.tokenizers.definition import find_eod_token
 from latentjax.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
 from latentjax.data.tokenizers.sentence_piece import MODEL_FILE, SentencePieceTokenizer
-from latentjax.errors import UserError
+from latentjax.errors import UserError, shown
 
 
 def read_tokenizer(path: str | Path, eod_token: str = "") -> Tokenizer:
@@ -56,7 +56,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         description = json.loads(_read(path))
         kind, fingerprint = description["kind"], description["fingerprint"]
         eod_token = description.get("eod_token", "")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: it does not describe a tokenizer") from error
     if kind == ByteTokenizer.kind:
         tokenizer: Tokenizer = ByteTokenizer()
@@ -67,7 +67,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         place = join(str(directory), TOKENIZER_FILE)
         tokenizer = HuggingFaceTokenizer(_read(place), eod_token, place)
     else:
-        raise UserError(f"{path} names a tokenizer kind {kind!r}, which this version does not know")
+        raise UserError(f"{path} names a tokenizer kind {shown(kind)}, which this version does not know")
     if tokenizer.fingerprint != fingerprint:
         raise UserError(f"{path} does not belong to the tokenizer beside it: the fingerprints differ")
     return tokenizer
@@ -79,7 +79,7 @@ def _read_huggingface(path: str, definition: bytes, eod_token: str) -> HuggingFa
         content = _read_if_there(place)
         try:
             said = None if content is None else json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place} is damaged: it is not JSON ({error})") from error
         return said if isinstance(said, dict) else None
 

@@ -9,7 +9,7 @@ import numpy as np
 import sentencepiece
 
 from latentjax.data.tokenizers.base import SPACE_SYMBOL, save_description
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief
 
 MODEL_FILE = "tokenizer.model"
 
@@ -40,7 +40,10 @@ class SentencePieceTokenizer:
         self._processor = _load(model, source)
         self.vocab_size = self._processor.vocab_size()
         self.eod_id = self._find_eod(eod_token, source)
-        self._bytes_of_id = [self._spell(index) for index in range(self.vocab_size)]
+        try:
+            self._bytes_of_id = [self._spell(index) for index in range(self.vocab_size)]
+        except ValueError as error:  # a piece that is no text, or a byte's that names none
+            raise UserError(f"{source} is not a sentencepiece model: {brief(error)}") from error
         # A model with a dummy prefix puts a space before every text; decoding takes it away again.
         first = self._processor.encode("a")
         self._has_dummy_prefix = bool(first) and self._bytes_of_id[first[0]].startswith(b" ")

@@ -13,6 +13,7 @@ from latentjax.errors import UserError
 
 # Enough for the frequent pieces of any vocabulary we train, and seconds of work.
 SAMPLE_BYTES = 8_000_000
+SMALLEST_VOCABULARY = 258  # the bytes, the id that is never used and the end of a document
 # Texts are cut into passages of about this many characters: a sample of passages represents a corpus of few long
 # documents as well as one of many short ones.
 _PASSAGE_CHARACTERS = 4096
@@ -36,6 +37,11 @@ def train_sentencepiece(
     Raises:
       UserError: nothing to train on, or a vocabulary too large or too small for it (naming the limit).
     """
+    if not SMALLEST_VOCABULARY <= vocab_size < 2**31:
+        raise UserError(
+            f"a tokenizer's vocabulary of {vocab_size} cannot be trained: it has {SMALLEST_VOCABULARY} ids (256 of "
+            "them bytes) at least, and fewer than 2**31"
+        )
     sample = _sample_passages(texts, sample_bytes)
     model = io.BytesIO()
     try:
