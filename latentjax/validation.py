@@ -15,11 +15,13 @@ from latentjax.models.remat import POLICIES
 from latentjax.recurrence.methods import METHODS
 
 _CHOICES = {
+    "data.on_corrupt_block": ("stop", "skip"),
     "model.architecture": tuple(ARCHITECTURES),
     "model.dtype": ("float32", "bfloat16"),
     "model.loops": LOOPS,
     "model.remat": tuple(POLICIES),
     "recurrence.method": tuple(METHODS),
+    "train.on_bad_numbers": ("rewind", "stop", "skip"),
 }
 
 # Lowest and highest allowed value, both included; numbers without an entry may not be negative.
@@ -29,7 +31,8 @@ _RANGES = {
             "model.num_layers", "model.hidden_size", "model.num_heads", "model.intermediate_size", "model.vocab_size",
             "model.max_position_embeddings", "data.tokenizer_vocab_size", "data.sequence_length", "data.batch_size",
             "train.num_steps", "train.log_every_steps", "train.eval_batches", "train.sample_tokens",
-            "train.gradient_accumulation_steps", "checkpoint.every_steps", "checkpoint.max_to_keep",
+            "train.gradient_accumulation_steps", "train.max_skipped_updates", "train.max_rewinds",
+            "checkpoint.every_steps", "checkpoint.max_to_keep",
         ],
         (1, math.inf),
     ),
@@ -37,6 +40,7 @@ _RANGES = {
     "model.rope_theta": (1.0, math.inf),
     "model.norm_epsilon": (1e-30, 1.0),
     "data.eval_fraction": (1e-9, 0.5),
+    "train.spike_window": (10, math.inf),
     "optimizer.min_learning_rate_ratio": (0.0, 1.0),
     "optimizer.warmup_ratio": (0.0, 1.0),
     "optimizer.b1": (0.0, 1 - 1e-9),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from latentjax.data.order import Order
 from latentjax.data.row import TokenRow
+from latentjax.data.skips import Skip, batch_of_step
 from latentjax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -59,21 +60,23 @@ class TrainBatches:
         eod_id: int,
         start_step: int,
         rows: np.ndarray,
+        skips: Sequence[Skip] = (),
     ):
         self._components = [Windows(row, data.sequence_length) for row, _ in mixture]
         weights = [weight for _, weight in mixture]
         self._order = Order([len(each) for each in self._components], weights, seed=data.seed, shuffle=data.shuffle)
-        self._start_step, self._batch_size = start_step, data.batch_size
+        self._start_step, self._batch_size, self._skips = start_step, data.batch_size, tuple(skips)
         self._located: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._rows = rows
         self._shape = (len(self._rows), data.sequence_length + 1)
         self._eod_id, self._mask_documents = eod_id, data.mask_documents
 
     def __len__(self) -> int:
-        return 2**62 // self._batch_size - self._start_step  # no end, but places are 64-bit numbers
+        # No end, but places are 64-bit numbers.
+        return 2**62 // self._batch_size - max([self._start_step, *(skip.batch for skip in self._skips)])
 
     def __getitem__(self, index: int) -> Batch:
-        components, windows = self._locate(self._start_step + int(index))
+        components, windows = self._locate(batch_of_step(self._start_step + int(index), self._skips))
         if len(self._components) == 1:
             tokens = self._components[0].read(windows)
         else:
@@ -83,14 +86,14 @@ class TrainBatches:
                 tokens[rows] = self._components[component].read(windows[rows])
         return _make_batch(tokens, self._eod_id, self._mask_documents)
 
-    def _locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the component and the window of each row, worked out for many steps at once: that costs the same."""
-        steps_at_once = max(1, _LOCATED_AT_ONCE // len(self._rows))
-        chunk, place = divmod(step, steps_at_once)
+    def _locate(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the component and the window of each row, worked out for many batches at once at the same cost."""
+        batches_at_once = max(1, _LOCATED_AT_ONCE // len(self._rows))
+        chunk, place = divmod(number, batches_at_once)
         located = self._located.get(chunk)
         if located is None:
-            steps = chunk * steps_at_once + np.arange(steps_at_once, dtype=np.int64)
-            located = self._order.locate((steps[:, np.newaxis] * self._batch_size + self._rows).ravel())
+            numbers = chunk * batches_at_once + np.arange(batches_at_once, dtype=np.int64)
+            located = self._order.locate((numbers[:, np.newaxis] * self._batch_size + self._rows).ravel())
             # Threads are at most a few steps apart: this chunk and the one before are all they want.
             self._located = {chunk: located} | {key: each for key, each in self._located.items() if key == chunk - 1}
         rows = slice(place * len(self._rows), (place + 1) * len(self._rows))

@@ -39,6 +39,20 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps())
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """Returns the JSON values of a checkpoint, without its arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint; to be called in all processes."""
+        self._manager.delete(step)
+
     def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
         """Starts saving and returns once the state has been copied off the devices; nothing if `step` is there.
 

@@ -188,7 +188,7 @@ def plain_steps(tmp_path: Path) -> Callable:
         batches = loop._train_batches(run)
         try:
             with guard:
-                _, step = loop._steps(run, batches, log, progress, StopAfter(steps))
+                _, step, _ = loop._steps(run, batches, log, progress, StopAfter(steps))
         finally:
             batches.close()
             log.close()
