@@ -1,15 +1,17 @@
 """Batches read ahead of the step that needs them, in threads or in processes."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from latentjax.data.reading_processes import read_in_processes
 from latentjax.data.row import TokenRow
 from latentjax.data.skips import Skip
-from latentjax.data.windows import Batch, EvalBatches, TrainBatches
+from latentjax.data.windows import DAMAGED, Batch, EvalBatches, TrainBatches
 
 
 def train_batches(
@@ -44,8 +46,8 @@ def train_batches(
     """
     source = TrainBatches(mixture, data, eod_id, start_step, _all_rows(data) if rows is None else rows, skips)
     if data.num_workers:
-        return read_in_processes(source, data.num_workers, data.prefetch_batches)
-    return _read_in_threads(source, data)
+        return _reported(read_in_processes(source, data.num_workers, data.prefetch_batches), data)
+    return _reported(_read_in_threads(source, data), data)
 
 
 def eval_batches(
@@ -78,11 +80,29 @@ def eval_batches(
       UserError: as `train_batches`.
     """
     rows = _all_rows(data) if rows is None else rows
-    return _read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data)
+    return _reported(_read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data), data)
 
 
 def _all_rows(data: ConfigDict) -> np.ndarray:
     return np.arange(data.batch_size, dtype=np.int64)
+
+
+def _reported(batches: Iterator[Batch], data: ConfigDict) -> Iterator[Batch]:
+    """The same batches; where damage may be left out, each damaged block is named on stderr when it is first met."""
+    return _name_damage(batches) if data.on_corrupt_block == "skip" else batches
+
+
+def _name_damage(batches: Iterator[Batch]) -> Iterator[Batch]:
+    known = set()
+    try:
+        for batch in batches:
+            for reason in batch.pop(DAMAGED, ()):
+                if reason not in known:
+                    known.add(reason)
+                    tqdm.write(f"{reason}; the windows that touch it are left out", file=sys.stderr)
+            yield batch
+    finally:
+        batches.close()
 
 
 def _read_in_threads(source: TrainBatches | EvalBatches, data: ConfigDict) -> Iterator[Batch]:
