@@ -209,9 +209,7 @@ def test_where_going_back_does_not_help_the_run_stops_with_a_line(monkeypatch, t
 
 def test_it_stops_at_once_if_asked_to(monkeypatch, tmp_path):
     Batches(monkeypatch, bad={13, 14, 15})
-    with pytest.raises(
-        UserError, match="after step 24, .*goes back to step 12 and steps over batches 12 to 23"
-    ):
+    with pytest.raises(UserError, match="after step 24, .*goes back to step 12 and steps over batches 12 to 23"):
         loop.train(config_of(on_bad_numbers="stop"), tmp_path, StopRequest())
     assert not (tmp_path / "data_skips.json").exists()
 
