@@ -50,8 +50,10 @@ def training():
             .compile()
         )
 
+    first = jax.device_get(state)  # the steps take over what they are given
+
     def run(batches):
-        state, history = create_state(MODEL, optimizer, mesh, 0), []
+        state, history = jax.device_put(first, shardings), []
         for batch in batches:
             state, metrics = compiled(state, put_batch(batch, mesh))
             history.append({name: value.item() for name, value in jax.device_get(metrics).items()})
