@@ -64,6 +64,7 @@ def validate(config: ConfigDict) -> None:
     _check_model(config.model)
     _check_recurrence(config.recurrence)
     _check_data(config)
+    _check_spikes(config.train, config.checkpoint.every_steps)
     check_backend(config.model.attention)
 
 
@@ -126,6 +127,15 @@ def _check_pairs(key: str, value: tuple, pair: str, second: Any) -> None:
         if not fits or not isinstance(each[1], second) or isinstance(each[1], bool) or each[1] == "":
             # A pair alone, without the comma that makes it one of a tuple, is an easy mistake.
             raise UserError(f"{key}={value!r} must be pairs, such as ({pair},) or ({pair}, {pair})")
+
+
+def _check_spikes(train: ConfigDict, every_steps: int) -> None:
+    if train.spike_threshold and train.on_bad_numbers == "rewind" and train.log_every_steps > every_steps:
+        raise UserError(
+            f"train.log_every_steps={train.log_every_steps} is more than checkpoint.every_steps={every_steps}: when a "
+            "spike of the loss is seen the checkpoints from before it may be gone; log more often or set "
+            "train.spike_threshold=0"
+        )
 
 
 def _check_data(config: ConfigDict) -> None:

@@ -88,9 +88,13 @@ class Goodput:
         }  # fmt: skip
 
     def write(self, workdir: Path, at_once: bool = False) -> None:
-        """Writes goodput.json, unless that was done a few seconds ago and need not be `at_once`."""
+        """Writes goodput.json, unless that was done a few seconds ago and need not be `at_once`.
+
+        Where it cannot be written the account is a little less exact, and nothing else is wrong.
+        """
         if at_once or self._monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
-            write_whole(workdir / GOODPUT_FILE, json.dumps(self.to_json()) + "\n")
+            with contextlib.suppress(OSError):
+                write_whole(workdir / GOODPUT_FILE, json.dumps(self.to_json()) + "\n")
             self._written = self._monotonic()
 
     @property
