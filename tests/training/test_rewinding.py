@@ -25,13 +25,13 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing is caught, nothing saved."""
 
 
-def config_of(**train: object) -> ConfigDict:
+def config_of(every_steps: int = 4, **train: object) -> ConfigDict:
     """Steps 14 to 16 are looked at only after step 24: there is a checkpoint of step 20 by then."""
     config = recipes.get_config("vanilla")
     config.train.update(num_steps=NUM_STEPS, log_every_steps=12, eval_every_steps=0, sample_every_steps=0)
     config.train.max_skipped_updates = 3
     config.train.update(train)
-    config.checkpoint.update(every_steps=4, max_to_keep=3)
+    config.checkpoint.update(every_steps=every_steps, max_to_keep=3)
     return config
 
 
@@ -86,10 +86,10 @@ def test_every_skipped_step_has_a_line_though_few_steps_are_logged(monkeypatch, 
             self.looks += 1
             return self.looks > 14
 
-    assert loop.train(config_of(), tmp_path, StopAfter14()) is None
+    assert loop.train(config_of(100), tmp_path, StopAfter14()) is None
     assert saved_steps(tmp_path)[-1] == 14
     assert [line["step"] for line in strict_lines(tmp_path)] == [3, 4, 12, 14]
-    summary = loop.train(config_of(), tmp_path, StopRequest())
+    summary = loop.train(config_of(100), tmp_path, StopRequest())
     lines = strict_lines(tmp_path)
     assert [line["step"] for line in lines] == [3, 4, 12, 14, 24, 27]
     assert [line["skipped_update"] for line in lines] == [1, 1, 0, 1, 1, 0]
@@ -218,24 +218,24 @@ def test_it_stops_at_once_if_asked_to(monkeypatch, tmp_path):
 
 def test_it_goes_on_if_asked_to(monkeypatch, tmp_path):
     batches = Batches(monkeypatch, bad={13, 14, 15})
-    summary = loop.train(config_of(on_bad_numbers="skip"), tmp_path, StopRequest())
-    assert batches.taken == [list(range(NUM_STEPS))] and summary["skipped_updates"] == 3
+    summary = loop.train(config_of(100, on_bad_numbers="skip", num_steps=17), tmp_path, StopRequest())
+    assert batches.taken == [list(range(17))] and summary["skipped_updates"] == 3
 
 
 def test_a_spike_sends_back_to_before_it(monkeypatch, tmp_path):
-    """Of tokens that no text has; before the checkpoint of its own step, though that was due."""
+    """Of tokens that no text has."""
 
     def spoil(batch):
         batch["tokens"][:] = np.arange(batch["tokens"].size).reshape(batch["tokens"].shape) % 5
 
     batches = Batches(monkeypatch, bad={19}, spoil=spoil)
     spike = {"spike_threshold": 8.0, "spike_window": 10, "log_every_steps": 1}
-    loop.train(config_of(**spike), tmp_path, StopRequest())
+    loop.train(config_of(8, num_steps=22, **spike), tmp_path, StopRequest())
     (skip,) = json.loads((tmp_path / "data_skips.json").read_text())
     assert (skip["step"], skip["batch"], skip["seen_at"]) == (16, 20, 20)
     assert "above the limit" in skip["reason"]
     assert [taken[0] for taken in batches.taken] == [0, 20]
-    assert [line["step"] for line in strict_lines(tmp_path)] == list(range(1, NUM_STEPS + 1))
+    assert [line["step"] for line in strict_lines(tmp_path)] == list(range(1, 23))
 
 
 def test_from_the_first_step_on_it_begins_anew(monkeypatch, tmp_path):
