@@ -20,7 +20,7 @@ from latentjax.training import processes, programs, run_directory
 from latentjax.training.anomalies import Monitor
 from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.data_position import read_skips, remove_abandoned
-from latentjax.training.goodput import Goodput
+from latentjax.training.goodput import Goodput, account_of
 from latentjax.training.host_memory import keep_freed_memory
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
@@ -179,7 +179,7 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     if notes:
         processes.say(f"resuming after step {run.start_step} of {config.train.num_steps}")
     start_clock.note("making the state")
-    goodput.take_up(workdir, notes.get("goodput"))
+    goodput.take_up(workdir, account_of(notes))
     goodput.book("start")
     if run.start_step < config.train.num_steps:
         began = time.monotonic()
