@@ -66,17 +66,15 @@ def schedules(opt_state):
     return [part for part in opt_state if isinstance(part, optax.ScaleByScheduleState)]
 
 
-@pytest.mark.parametrize("weight", [np.nan, np.inf, 3e38], ids=str)
+@pytest.mark.parametrize("weight", [np.nan, np.inf, 1e25], ids=str)
 def test_parameters_and_moments_stay_to_the_bit(training, weight):
-    """3e38 overflows in the sum of squares, though each gradient is a number."""
+    """With 1e25 the loss and each gradient are numbers, but their squares add up to more than a float holds."""
     before, _ = training([batch_of(0)])
     bad = batch_of(1, weight)
-    if weight == 3e38:
-        bad["loss_weights"][:] = 1e-38  # the weights add up to 1 or so, and the loss to far more than a float holds
-        bad["loss_weights"][2, 3] = 3e38
-        bad["loss_weights"][2, 4] = -3e38
+    if weight == 1e25:
+        bad["loss_weights"][2, 4] = -1e25  # the weights add up to 62
     after, (_, metrics) = training([batch_of(0), bad])
-    assert not np.isfinite(metrics["loss"] + metrics["grad_norm"])
+    assert np.isfinite(metrics["loss"]) == (weight == 1e25) and not np.isfinite(metrics["grad_norm"])
     assert (metrics["skipped_update"], metrics["skipped_updates"], metrics["skipped_in_a_row"]) == (1, 1, 1)
     assert (int(before.step), int(after.step)) == (1, 2)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
