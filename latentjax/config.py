@@ -79,6 +79,7 @@ def default() -> ConfigDict:
     data.num_threads = 2  # threads that read ahead; more where storage is slow to answer
     data.num_workers = 0  # processes that read ahead instead of threads; 0: none
     data.device_prefetch = 2  # batches put onto the devices ahead of the step
+    data.on_corrupt_block = "stop"  # a damaged block of a store: stop, or skip (leave out the windows that touch it)
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # peak, reached at the end of the warm-up
@@ -104,6 +105,11 @@ def default() -> ConfigDict:
     train.compilation_cache = "~/.cache/latentjax/compiled"  # keeps compiled programs for the next start; "": none
     train.lost_after_seconds = 60.0  # without a sign of one of several processes, after which the others end
     train.hung_after_seconds = 1800.0  # without progress of several processes, after which all end; 0: never
+    train.on_bad_numbers = "rewind"  # a run of skipped updates or a spike: rewind, stop, or skip (just go on)
+    train.max_skipped_updates = 10  # so many updates in a row whose numbers are not finite are trouble
+    train.spike_threshold = 0.0  # trouble too: losses so many deviations (MAD) above the median; 0: none is
+    train.spike_window = 100  # logged losses that this median is of
+    train.max_rewinds = 3  # so many rewinds to one checkpoint; where they do not help the run stops
     train.seed = 0  # of initialisation, of the draws of R and of samples
 
     config.checkpoint = checkpoint = ConfigDict()

@@ -14,11 +14,13 @@ from latentjax.models.remat import POLICIES
 from latentjax.recurrence.methods import METHODS
 
 _CHOICES = {
+    "data.on_corrupt_block": ("stop", "skip"),
     "model.architecture": tuple(ARCHITECTURES),
     "model.dtype": ("float32", "bfloat16"),
     "model.loops": LOOPS,
     "model.remat": tuple(POLICIES),
     "recurrence.method": tuple(METHODS),
+    "train.on_bad_numbers": ("rewind", "stop", "skip"),
 }
 
 # What 32-bit numbers hold: devices count and index in int32 and compute in float32.
@@ -38,7 +40,8 @@ _RANGES = {
         [
             "model.num_layers", "model.hidden_size", "model.num_heads", "model.intermediate_size", "model.vocab_size",
             "model.max_position_embeddings", "data.tokenizer_vocab_size", "data.sequence_length", "data.batch_size",
-            "train.num_steps", "train.sample_tokens", "train.gradient_accumulation_steps",
+            "train.num_steps", "train.sample_tokens", "train.gradient_accumulation_steps", "train.max_skipped_updates",
+            "train.max_rewinds",
         ],
         (1, _LARGEST_SIZE),
     ),
@@ -60,6 +63,7 @@ _RANGES = {
     "data.prefetch_batches": (0, 10_000),
     "data.device_prefetch": (0, 1000),
     "data.seed": (0, 2**64 - 1),
+    "train.spike_window": (10, 1_000_000),
     "optimizer.min_learning_rate_ratio": (0.0, 1.0),
     "optimizer.warmup_ratio": (0.0, 1.0),
     "optimizer.b1": (0.0, _LARGEST_DECAY),
@@ -101,6 +105,7 @@ def validate(config: ConfigDict) -> None:
     _check_model(config.model)
     _check_recurrence(config.recurrence)
     _check_data(config)
+    _check_spikes(config.train, config.checkpoint.every_steps)
     _check_mesh(config.mesh)
     _check_size(config)
 
@@ -178,6 +183,15 @@ def _check_pairs(key: str, value: tuple, pair: str, second: Any) -> None:
         if not fits or not isinstance(each[1], second) or isinstance(each[1], bool) or each[1] == "":
             # A pair alone, without the comma that makes it one of a tuple, is an easy mistake.
             raise UserError(f"{key}={shown(value)} must be pairs, such as ({pair},) or ({pair}, {pair})")
+
+
+def _check_spikes(train: ConfigDict, every_steps: int) -> None:
+    if train.spike_threshold and train.on_bad_numbers == "rewind" and train.log_every_steps > every_steps:
+        raise UserError(
+            f"train.log_every_steps={train.log_every_steps} is more than checkpoint.every_steps={every_steps}: when a "
+            "spike of the loss is seen the checkpoints from before it may be gone; log more often or set "
+            "train.spike_threshold=0"
+        )
 
 
 def _check_data(config: ConfigDict) -> None:

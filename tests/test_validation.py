@@ -24,6 +24,7 @@ from latentjax.validation import validate
         ("data.eval_sets", '(("a/b", "x"),)', "the name 'a/b' must be made of letters, digits, _ and -"),
         ("data.eval_sets", '(("a", "x"), ("a", "y"))', "the name 'a' stands for two sets"),
         ("data.num_workers", "-1", "data.num_workers=-1"),
+        ("data.on_corrupt_block", "ignore", "data.on_corrupt_block='ignore' is not known: choose stop or skip"),
         ("data.device_prefetch", "-1", "data.device_prefetch=-1"),
     ],
 )
@@ -32,6 +33,29 @@ def test_what_data_is_read(key, text, message):
     validate(config)
     set_key(config, key, text)
     with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("train.on_bad_numbers", "ignore", "'ignore' is not known: choose rewind or stop or skip"),
+        ("train.max_skipped_updates", "0", "train.max_skipped_updates=0 is out of range"),
+        ("train.max_rewinds", "0", "train.max_rewinds=0 is out of range"),
+        ("train.spike_window", "9", "at least 10"),
+        ("train.spike_threshold", "-1", "train.spike_threshold=-1.0"),
+        ("train.log_every_steps", "501", "log_every_steps=501 is more than checkpoint.every_steps=500: when a spike"),
+    ],
+)
+def test_what_bad_numbers_are(key, text, message):
+    config = default()
+    config.train.spike_threshold = 10.0
+    validate(config)
+    set_key(config, key, text)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+    config.train.spike_threshold, config.train.log_every_steps = 0.0, 501
+    if key == "train.log_every_steps":
         validate(config)
 
 

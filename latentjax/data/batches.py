@@ -1,14 +1,17 @@
 """Batches read ahead of the step that needs them, in threads or in processes."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from latentjax.data.reading_processes import read_in_processes
 from latentjax.data.row import TokenRow
-from latentjax.data.windows import Batch, EvalBatches, TrainBatches
+from latentjax.data.skips import Skip
+from latentjax.data.windows import DAMAGED, Batch, EvalBatches, TrainBatches
 
 
 def train_batches(
@@ -18,18 +21,20 @@ def train_batches(
     eod_id: int,
     start_step: int,
     rows: np.ndarray | None = None,
+    skips: Sequence[Skip] = (),
 ) -> Iterator[Batch]:
-    """Iterates over this process's rows of the global batches `start_step`, `start_step + 1`, ... without end.
+    """Iterates over this process's rows of the global batches of steps `start_step`, `start_step + 1`, ... without end.
 
-    Every batch is a function of the mixture, `data` and its step alone, whoever reads which rows of it; beginning at
-    any step costs the same. Reading runs ahead by `data.prefetch_batches` (0: none), in `data.num_threads` threads or
-    `data.num_workers` processes. Close the iterator after use.
+    Every batch is a function of the mixture, `data`, `skips` and its step alone, whoever reads which rows of it;
+    beginning at any step costs the same. Reading runs ahead by `data.prefetch_batches` (0: none), in `data.num_threads`
+    threads or `data.num_workers` processes. Close the iterator after use.
 
     Args:
       mixture: rows of tokens, each with the share of the windows that it gives (see `data.order`).
       data: the `data` group of a config.
       eod_id: the end-of-document id of all of them.
       rows: (n,) int64, the rows of the global batch to read; None: all B.
+      skips: stretches of batches that are stepped over (see `data.skips`).
 
     Yields:
       tokens (n, T+1) int32, loss_weights (n, T) float32, and with `data.mask_documents` segment_ids and positions
@@ -39,10 +44,10 @@ def train_batches(
       UserError: fewer tokens than one window; when iterated, whatever `TokenRow.read_windows` raises, wherever it was
         read.
     """
-    source = TrainBatches(mixture, data, eod_id, start_step, _all_rows(data) if rows is None else rows)
+    source = TrainBatches(mixture, data, eod_id, start_step, _all_rows(data) if rows is None else rows, skips)
     if data.num_workers:
-        return read_in_processes(source, data.num_workers, data.prefetch_batches)
-    return _read_in_threads(source, data)
+        return _reported(read_in_processes(source, data.num_workers, data.prefetch_batches), data)
+    return _reported(_read_in_threads(source, data), data)
 
 
 def eval_batches(
@@ -75,11 +80,29 @@ def eval_batches(
       UserError: as `train_batches`.
     """
     rows = _all_rows(data) if rows is None else rows
-    return _read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data)
+    return _reported(_read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data), data)
 
 
 def _all_rows(data: ConfigDict) -> np.ndarray:
     return np.arange(data.batch_size, dtype=np.int64)
+
+
+def _reported(batches: Iterator[Batch], data: ConfigDict) -> Iterator[Batch]:
+    """The same batches; where damage may be left out, each damaged block is named on stderr when it is first met."""
+    return _name_damage(batches) if data.on_corrupt_block == "skip" else batches
+
+
+def _name_damage(batches: Iterator[Batch]) -> Iterator[Batch]:
+    known = set()
+    try:
+        for batch in batches:
+            for reason in batch.pop(DAMAGED, ()):
+                if reason not in known:
+                    known.add(reason)
+                    tqdm.write(f"{reason}; the windows that touch it are left out", file=sys.stderr)
+            yield batch
+    finally:
+        batches.close()
 
 
 def _read_in_threads(source: TrainBatches | EvalBatches, data: ConfigDict) -> Iterator[Batch]:

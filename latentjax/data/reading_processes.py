@@ -58,6 +58,9 @@ def read_in_processes(source: Source[Item], num_workers: int, ahead: int) -> Ite
         # Killed, since they have nothing to lose, and reading may hang. Python 3.14 has a public method for it.
         for process in list((pool._processes or {}).values()):
             process.kill()
+        # One that was killed while it was sending leaves the pool's thread waiting for the rest, as long as there is
+        # anybody who could send it. The processes are gone; this is the last end of the pipe.
+        pool._result_queue._writer.close()
         pool.shutdown(cancel_futures=True)
 
 

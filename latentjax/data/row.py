@@ -4,6 +4,23 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from latentjax.errors import UserError
+
+
+class DamagedBlock(UserError):
+    """Tokens that cannot be had because what holds them is damaged, while the tokens around them can.
+
+    Attributes:
+      what: file, block and reason, in words; the message has advice behind it.
+    """
+
+    def __init__(self, what: str, advice: str):
+        super().__init__(what, advice)  # both, so that it can be pickled
+        self.what = what
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
 
 class TokenRow(ABC):
     """One long row of tokens, read by position. Reads are safe from many threads; a pickled row opens its files anew.
@@ -32,6 +49,7 @@ class TokenRow(ABC):
 
         Raises:
           IndexError: a window is not within the row.
+          DamagedBlock: a stretch of the row is damaged.
           UserError: a file is damaged or missing, or a token is beyond the vocabulary.
         """
 

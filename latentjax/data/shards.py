@@ -16,6 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from xxhash import xxh3_64_digest
 
+from latentjax.data.row import DamagedBlock
 from latentjax.errors import UserError, shown
 
 SHARD_SUFFIX = ".arrayrecord"
@@ -24,6 +25,7 @@ BLOCK_TOKENS = 8192
 _MOST_BLOCK_TOKENS = 1 << 20
 
 _CHECKSUM_BYTES = 8
+_REASON_LENGTH = 200  # of what the library says about a file: it goes into its own insides
 # One record per chunk, so that each can be read alone.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -149,7 +151,8 @@ class ShardReader:
           how many were copied.
 
         Raises:
-          UserError: the file is missing or damaged.
+          DamagedBlock: the block does not read as it was written.
+          UserError: the file is missing.
         """
         block, skip = divmod(offset, self._block_tokens)
         part = self._read(block)[skip : skip + len(window)]
@@ -181,7 +184,7 @@ class ShardReader:
         try:
             count = os.preadv(self._descriptor, parts, place)
         except OSError as error:
-            raise self._damaged(error.strerror) from error
+            raise self._damaged(block, error.strerror) from error
         if count != expected or xxh3_64_digest(data, block) != checksum:
             return self._read_by_library(block, size)
         return tokens
@@ -192,7 +195,10 @@ class ShardReader:
                 try:
                     self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
-                    raise self._damaged(error.strerror) from error
+                    raise UserError(
+                        f"cannot open the token store's shard {self.path}: {error.strerror}; restore it from a copy, "
+                        "or prepare the store again"
+                    ) from error
 
     def _read_by_library(self, block: int, length: int) -> np.ndarray:
         with self._lock:
@@ -200,16 +206,18 @@ class ShardReader:
                 self._library = self._library or ArrayRecordReader(str(self.path), _READER_OPTIONS)
                 (record,) = self._library.read(block, block + 1)
             except (RuntimeError, ValueError, IndexError, OSError) as error:
-                raise self._damaged(f"cannot read block {block}: {error}") from error
+                reason = " ".join(str(error).split())[:_REASON_LENGTH]
+                raise self._damaged(block, f"it cannot be read: {reason}") from error
         data = memoryview(record)[_CHECKSUM_BYTES:]
         if len(data) != length:
-            raise self._damaged(f"block {block} has {len(data)} bytes instead of {length}")
+            raise self._damaged(block, f"it has {len(data)} bytes instead of {length}")
         if xxh3_64_digest(data, block) != record[:_CHECKSUM_BYTES]:
-            raise self._damaged(f"the checksum of block {block} is wrong")
+            raise self._damaged(block, "its checksum is wrong")
         return np.frombuffer(data, self._dtype)
 
-    def _damaged(self, reason: str) -> UserError:
-        return UserError(
-            f"the token store's shard {self.path} is missing or damaged: {reason}; restore it from a copy, or prepare "
-            "the store again"
+    def _damaged(self, block: int, reason: str) -> DamagedBlock:
+        return DamagedBlock(
+            f"block {block} of the token store's shard {self.path} is damaged: {reason}",
+            "restore the file from a copy, prepare the store again, or set data.on_corrupt_block=skip to leave out the "
+            "windows that touch the block",
         )

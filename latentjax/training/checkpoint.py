@@ -1,14 +1,18 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, restored onto whatever mesh is there now."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from latentjax.errors import UserError
-from latentjax.training.state import TrainState
+from latentjax.training.mesh import put_shards
+from latentjax.training.state import Counts, TrainState
 
 STATE, RUN = "state", "run"  # the two items of a checkpoint: arrays, and JSON about the run
 
@@ -39,6 +43,20 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps())
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """Returns the JSON values of a checkpoint, without its arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint; to be called in all processes."""
+        self._manager.delete(step)
+
     def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
         """Starts saving and returns once the state has been copied off the devices; nothing if `step` is there.
 
@@ -47,9 +65,13 @@ class Checkpoints:
         """
         if step == self.latest_step:
             return
+        counts = jax.device_get(state.counts)
+        counts = {field.name: int(getattr(counts, field.name)) for field in dataclasses.fields(counts)}
         self._manager.save(
             step,
-            args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RUN: ocp.args.JsonSave(run)}),
+            args=ocp.args.Composite(
+                **{STATE: ocp.args.StandardSave(_arrays(state)), RUN: ocp.args.JsonSave(run | {"counts": counts})}
+            ),
             force=True,
         )
 
@@ -64,7 +86,7 @@ class Checkpoints:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    **{STATE: ocp.args.StandardRestore(abstract_state), RUN: ocp.args.JsonRestore()}
+                    **{STATE: ocp.args.StandardRestore(_arrays(abstract_state)), RUN: ocp.args.JsonRestore()}
                 ),
             )
         except (ValueError, KeyError) as error:
@@ -73,9 +95,25 @@ class Checkpoints:
                 f"checkpoint {step} in {self._manager.directory} does not hold this model's state ({first_line}): "
                 "use another --workdir, or the config that made it"
             ) from error
-        return restored[STATE], restored[RUN]
+        counts = restored[RUN].get("counts", {})  # a version that did not count wrote none
+        return TrainState(**restored[STATE], counts=_put_counts(counts, abstract_state.counts)), restored[RUN]
 
     def close(self) -> None:
         """Waits for a save under way and reports its failure, if any."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint has as arrays: all but the counts, which are with the JSON values."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _put_counts(values: dict[str, int], abstract_counts: Counts) -> Counts:
+    """Puts counts onto the devices, as `abstract_counts` wants them; 0 where there is no value."""
+
+    def put(name: str) -> jax.Array:
+        number = np.asarray(values.get(name, 0), np.int32)
+        return put_shards((), getattr(abstract_counts, name).sharding, lambda index: number)
+
+    return Counts(**{field.name: put(field.name) for field in dataclasses.fields(Counts)})

@@ -1,6 +1,7 @@
 """The train loop: step, log, evaluate, sample and save, in a fixed order."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from ml_collections import ConfigDict
 
 from latentjax.data.batches import eval_batches, train_batches
 from latentjax.data.row import TokenRow
+from latentjax.data.skips import skips_to_json
 from latentjax.recurrence.draw import draw_jacobi_iterations
 from latentjax.training import preemption, processes, programs, run_directory
+from latentjax.training.anomalies import Trouble
 from latentjax.training.evaluation import EVALUATION_KEYS, evaluate
 from latentjax.training.feeding import put_ahead
 from latentjax.training.mesh import rows_of_process
 from latentjax.training.metrics import MetricsLog
 from latentjax.training.progress import TrainProgress
 from latentjax.training.recorder import Recorder
+from latentjax.training.rewinding import rewind
 from latentjax.training.sampling import sample_text
 from latentjax.training.signals import StopRequest
 from latentjax.training.start import Run, prepare_run
@@ -45,20 +49,32 @@ def train(
         run = prepare_run(config, workdir, resources)
         if watchdog is not None:
             run.at = watchdog.at
-        log = resources.enter_context(
-            contextlib.closing(MetricsLog(workdir, run.start_step, writes=processes.is_first()))
-        )
-        progress = resources.enter_context(
-            contextlib.closing(TrainProgress(run.start_step, config.train.num_steps, shows=processes.is_first()))
-        )
         # Until here nothing would be lost: signals did what they always do.
         with stop:
             preemption.watch(stop.notice)
-            with contextlib.closing(_train_batches(run)) as batches, programs.memory_errors("training"):
-                state, step = _steps(run, batches, log, progress, stop)
+            while True:
+                result = _train_on(run, stop)
+                if not isinstance(result, Trouble):
+                    return result
+                with programs.memory_errors("going back"):
+                    rewind(run, result)
+
+
+def _train_on(run: Run, stop: StopRequest) -> dict[str, Any] | Trouble | None:
+    """Trains from the run's state on; returns what `train` does, or the trouble that it should not go on from."""
+    workdir, num_steps = run.workdir, run.config.train.num_steps
+    log = MetricsLog(workdir, run.start_step, writes=processes.is_first())
+    progress = TrainProgress(run.start_step, num_steps, shows=processes.is_first())
+    try:
+        with contextlib.closing(_train_batches(run)) as batches, programs.memory_errors("training"):
+            state, step, trouble = _steps(run, batches, log, progress, stop)
+        if trouble is not None:
+            return trouble
+        with run.goodput.part("saving"):
             run.checkpoints.save(state, step, run.checkpoint_notes(step))
             run.checkpoints.close()
-        if step < config.train.num_steps:
+        progress.note(run.goodput.line())
+        if step < num_steps:
             progress.note(f"saved step {step} to {workdir / 'checkpoints'}; the same command continues from there")
             return None
         if not processes.is_first():
@@ -66,15 +82,20 @@ def train(
         summary = _summary(run, log)
         run_directory.write_summary(workdir, summary)
         return summary
+    finally:
+        if processes.is_first():
+            run.goodput.write(workdir, at_once=True)
+        progress.close()
+        log.close()
 
 
 def _steps(
     run: Run, batches: Iterator[dict[str, jax.Array]], log: MetricsLog, progress: TrainProgress, stop: StopRequest
-) -> tuple[TrainState, int]:
-    """Runs steps until the end or a stop; returns the state and its step."""
+) -> tuple[TrainState | None, int, Trouble | None]:
+    """Runs steps until the end, a stop or trouble; returns the state (None after trouble), its step and the trouble."""
     config, train = run.config, run.config.train
-    recorder = Recorder(run, log, progress)
     state, step = run.state, run.start_step
+    recorder = Recorder(run, log, progress, int(jax.device_get(state.counts.skipped_updates)))
     run.state = None  # the first step takes its memory over
     agreement = processes.StopAgreement(run.mesh, stop)
     while step < train.num_steps and not agreement.reached():
@@ -85,14 +106,16 @@ def _steps(
         batch = next(batches)
         run.at(step + 1, "running the step")
         state, metrics = run.train_steps[num_iterations](state, batch)
-        if step == run.start_step:
+        if run.start_clock.seconds_to_first_step is None:
             jax.block_until_ready(metrics)
             progress.note(run.start_clock.first_step())
         # Only now, with the next step under way, are the numbers of the one before waited for.
         run.at(step + 1, "waiting for the step")
         recorder.write()
-        recorder.advance(num_iterations)
+        if recorder.trouble:
+            return None, step, recorder.trouble
         step += 1
+        recorder.advance(step, num_iterations, metrics)
         progress.advance()
 
         last = step == train.num_steps
@@ -107,24 +130,35 @@ def _steps(
         run.at(step, "evaluating")
         # The log first: a checkpoint whose metrics are lost would leave a hole that no restart fills.
         recorder.write((lambda params=state.params: _evaluate(run, params)) if evaluates else None)
+        if recorder.trouble:
+            return None, step, recorder.trouble
+        recorder.settle()
         if samples:
             run.at(step, "sampling")
-            log.write_samples(step, sample_text(run.model, state.params, run.sources.tokenizer, config, step))
-        if saves:
+            with run.goodput.part("sampling"):
+                log.write_samples(step, sample_text(run.model, state.params, run.sources.tokenizer, config, step))
+        # While updates are being skipped nobody knows if the state is one to go back to: the next time will do.
+        if saves and not (recorder.skips_now and train.on_bad_numbers == "rewind"):
             run.at(step, "saving")
-            log.sync()
-            run.checkpoints.save(state, step, run.checkpoint_notes(step))
+            with run.goodput.part("saving"):
+                log.sync()
+                run.checkpoints.save(state, step, run.checkpoint_notes(step))
         recorder.restart_clock()
     recorder.write()  # of the last step before a signal
+    if recorder.trouble:
+        return None, step, recorder.trouble
+    recorder.settle()
     log.sync()
-    return state, step
+    return state, step, None
 
 
 def _train_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
     """The batches from the run's first step to its last, on the devices."""
     data = run.config.data
     rows = rows_of_process(run.mesh, data.batch_size)
-    batches = train_batches(run.sources.train, data, eod_id=run.sources.eod_id, start_step=run.start_step, rows=rows)
+    batches = train_batches(
+        run.sources.train, data, eod_id=run.sources.eod_id, start_step=run.start_step, rows=rows, skips=run.skips
+    )
     limit = run.config.train.num_steps - run.start_step
     return put_ahead(batches, run.mesh, data.device_prefetch, limit, rows, data.batch_size)
 
@@ -144,20 +178,27 @@ def _evaluate(run: Run, params: Any) -> dict[str, float]:
         )
         return put_ahead(of_process, run.mesh, data.device_prefetch, rows=rows, batch_size=data.batch_size)
 
-    return evaluate(run.eval_step, params, {name: batches(row) for name, row in sources.eval_sets.items()})
+    with run.goodput.part("evaluation"):
+        return evaluate(run.eval_step, params, {name: batches(row) for name, row in sources.eval_sets.items()})
 
 
 def _summary(run: Run, log: MetricsLog) -> dict[str, Any]:
     devices = run.mesh.devices.flat
     # With several sets, also those of each: KEY/NAME.
     evaluation = {key: value for key, value in log.last_evaluation.items() if key.split("/")[0] in EVALUATION_KEYS}
+    scores = {"loss": log.last["loss"], **evaluation}
     return {
         "steps": log.last["step"],
         "tokens": log.last["tokens"],
-        "loss": log.last["loss"],
-        **evaluation,
+        # The log has null where a number was not finite.
+        **{key: math.nan if value is None else value for key, value in scores.items()},
+        # A log that an earlier version began does not tell.
+        "skipped_updates": log.last.get("skipped_updates", 0),
+        "damaged_windows": log.last.get("damaged_windows", 0),
+        "rewinds": skips_to_json(run.skips),
         "parameters": run.num_params,
-        "wall_seconds": round(run.wall_seconds, 1),
+        "wall_seconds": round(run.goodput.wall_seconds, 1),
+        "goodput": run.goodput.summary(),
         # Of the last start; None where no step was left to do.
         "seconds_to_first_step": run.start_clock.seconds_to_first_step,
         "devices": f"{len(devices)} x {devices[0].device_kind}",

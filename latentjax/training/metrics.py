@@ -1,6 +1,7 @@
 """What a run writes as it goes: metrics.jsonl, TensorBoard, samples.txt."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -31,6 +32,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def to_json_line(line: dict[str, Any]) -> str:
+    """Returns a line of metrics.jsonl. A float that is not finite is written as null: JSON has no NaN."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 class MetricsLog:
     """The logs of a run, taken up again at the step that the run resumes from."""
 
@@ -47,7 +56,7 @@ class MetricsLog:
         self._path = workdir / "metrics.jsonl"
         self._samples_path = workdir / "samples.txt"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self._path, "".join(map(to_json_line, kept)))
         self._cut_samples(start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
@@ -59,10 +68,10 @@ class MetricsLog:
         """Appends one line, `step` among its keys; Python prints floats so that they read back exactly."""
         if not self._writes:
             return
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(to_json_line(line))
         self._file.flush()
         for key, value in line.items():
-            if key != "step" and value is not None:
+            if key != "step" and value is not None and math.isfinite(value):
                 self._tensorboard.add_scalar(key, value, line["step"])
         self.last = line
         if "eval_loss" in line:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -26,6 +27,25 @@ def decay_mask(params: Any) -> Any:
         lambda path, _: next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)) in MATRICES,
         params,
     )
+
+
+def keep_unless(taken: jax.Array, after: optax.OptState, before: optax.OptState) -> optax.OptState:
+    """Chooses the optimizer's state `after` an update where it was `taken`, else that `before`.
+
+    A skipped update leaves the moments as they are, and with them Adam's count of the updates in them, by which their
+    bias is corrected. The schedule's count goes on, for it is the number of the step: the learning rate is a function
+    of the step alone, and reaches its floor at the last one whatever was skipped.
+
+    Args:
+      taken: bool scalar, on the devices.
+    """
+
+    def choose(after: Any, before: Any) -> Any:
+        if isinstance(after, optax.ScaleByScheduleState):
+            return after
+        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, before)
+
+    return jax.tree.map(choose, after, before, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
 def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:

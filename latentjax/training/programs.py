@@ -108,6 +108,7 @@ def lower_train_step(
         num_jacobi_iterations=num_jacobi_iterations,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
+        counts_damage=config.data.on_corrupt_block == "skip",
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

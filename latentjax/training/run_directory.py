@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
@@ -99,6 +100,21 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def write_durably(path: Path, text: str) -> None:
+    """As `write_whole`, and returns when the file is on disk: what is done next may count on it, whatever happens."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name too
+    finally:
+        os.close(directory)
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run's numbers depend on."""
     versions = {"python": platform.python_version()}
@@ -111,5 +127,8 @@ def package_versions() -> dict[str, str]:
 
 
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json."""
-    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    """Writes summary.json; a number that is not finite is null there."""
+    finite = {
+        key: None if isinstance(each, float) and not math.isfinite(each) else each for key, each in summary.items()
+    }
+    write_whole(workdir / "summary.json", json.dumps(finite, indent=2, allow_nan=False) + "\n")

@@ -11,13 +11,17 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from latentjax.data.skips import Skip, batch_of_step, skips_from_json, skips_to_json
 from latentjax.data.sources import Sources, open_sources
 from latentjax.errors import UserError
 from latentjax.recurrence.base import Recurrence
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import processes, programs, run_directory
+from latentjax.training.anomalies import Monitor
 from latentjax.training.checkpoint import Checkpoints
+from latentjax.training.data_position import read_skips, remove_abandoned
+from latentjax.training.goodput import Goodput, account_of
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.sampling import encode_prompts
@@ -59,30 +63,69 @@ class Run:
     checkpoints: Checkpoints
     train_steps: dict[int, Callable]
     eval_step: Callable | None
-    state: TrainState | None
-    num_params: int
-    start_step: int
-    earlier_seconds: float  # wall time that the run had before this start
+    abstract_state: TrainState
+    skips: tuple[Skip, ...]  # stretches of batches that are stepped over
     start_clock: StartClock
+    goodput: Goodput
     at: Callable[[int, str], None] = lambda step, doing: None  # is told where the loop is (`Watchdog.at`)
-    started: float = dataclasses.field(default_factory=time.monotonic)
+    # From here on set by `load_state`.
+    state: TrainState | None = None
+    start_step: int = 0
+    monitor: Monitor | None = None
 
     @property
-    def wall_seconds(self) -> float:
-        """Wall time of the run over all its starts."""
-        return self.earlier_seconds + time.monotonic() - self.started
+    def num_params(self) -> int:
+        """Parameters of the model."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
 
     def checkpoint_notes(self, step: int) -> dict[str, Any]:
-        """What a checkpoint holds besides arrays. Data, draws of R and samples are functions of step and seeds."""
+        """What a checkpoint holds besides arrays.
+
+        Data are a function of the step, the seed and the stretches that are stepped over; draws of R and samples of
+        step and seed.
+        """
+        sequences = batch_of_step(step, self.skips) * self.config.data.batch_size
         return {
             "step": step,
-            "data_position": {"sequences": step * self.config.data.batch_size, "seed": self.config.data.seed},
+            "data_position": {"sequences": sequences, "seed": self.config.data.seed},
+            "data_skips": skips_to_json(self.skips),
+            "monitor": self.monitor.notes(),
+            "goodput": self.goodput.to_json(),
             "seed": self.config.train.seed,
             "tokenizer": self.sources.tokenizer.fingerprint,
-            "wall_seconds": self.wall_seconds,
+            "wall_seconds": self.goodput.wall_seconds,
             "config": self.config.to_dict(),
             "versions": run_directory.package_versions(),
         }
+
+
+def load_state(run: Run) -> dict[str, Any]:
+    """Sets the state of a run and its step to those of the newest checkpoint or, without one, of the beginning.
+
+    Returns:
+      what was noted with the checkpoint, nothing without one.
+
+    Raises:
+      UserError: the checkpoint holds another model's state, or that of a run with another tokenizer.
+    """
+    config, notes = run.config, {}
+    if run.checkpoints.latest_step is None:
+        optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+        with programs.memory_errors("initialising the parameters"):
+            run.state = jax.block_until_ready(create_state(run.model, optimizer, run.mesh, config.train.seed))
+    else:
+        run.state, notes = run.checkpoints.restore(run.abstract_state)
+        if notes["tokenizer"] != run.sources.tokenizer.fingerprint:
+            raise UserError(
+                f"the run in {run.workdir} was trained with another tokenizer than that of {run.sources.description}, "
+                "so its ids mean different text: give the data that it was begun with, or data prepared with that "
+                "tokenizer"
+            )
+    run.start_step = int(notes.get("step", 0))
+    run.monitor = Monitor(config.train, notes.get("monitor"))
+    # More than the file has only if that was removed.
+    run.skips = max(run.skips, skips_from_json(notes.get("data_skips", [])), key=len)
+    return notes
 
 
 def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> Run:
@@ -90,7 +133,7 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
 
     What has to be given back when the run ends, well or not, is pushed onto `resources`.
     """
-    start_clock = StartClock()
+    start_clock, goodput = StartClock(), Goodput()
     sources = open_sources(
         config.data, progress=processes.is_first(), needs_evaluation=config.train.eval_every_steps > 0
     )
@@ -115,29 +158,6 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     abstract = abstract_state(model, optimizer, mesh)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    processes.say(
-        f"{config.recurrence.method} {model.spec.architecture}, {num_params:,} parameters, on {mesh.size} "
-        f"{jax.devices()[0].device_kind}{hosts} ({sizes}), attention by {model.spec.attention}; "
-        f"{sources.description}"
-    )
-    if checkpoints.latest_step is None:
-        start_step, earlier_seconds = 0, 0.0
-        with programs.memory_errors("initialising the parameters"):
-            state = jax.block_until_ready(create_state(model, optimizer, mesh, config.train.seed))
-    else:
-        state, notes = checkpoints.restore(abstract)
-        start_step, earlier_seconds = int(notes["step"]), notes["wall_seconds"]
-        if notes["tokenizer"] != sources.tokenizer.fingerprint:
-            raise UserError(
-                f"the run in {workdir} was trained with another tokenizer than that of {sources.description}, so its "
-                "ids mean different text: give the data that it was begun with, or data prepared with that tokenizer"
-            )
-        processes.say(f"resuming after step {start_step} of {config.train.num_steps}")
-
-    start_clock.note("making the state")
     run = Run(
         config=config,
         workdir=workdir,
@@ -148,13 +168,26 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
         checkpoints=checkpoints,
         train_steps={},
         eval_step=None,
-        state=state,
-        num_params=num_params,
-        start_step=start_step,
-        earlier_seconds=earlier_seconds,
+        abstract_state=abstract,
+        skips=read_skips(workdir),
         start_clock=start_clock,
+        goodput=goodput,
     )
-    if start_step < config.train.num_steps:
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    processes.say(
+        f"{config.recurrence.method} {model.spec.architecture}, {run.num_params:,} parameters, on {mesh.size} "
+        f"{jax.devices()[0].device_kind}{hosts} ({sizes}), attention by {model.spec.attention}; "
+        f"{sources.description}"
+    )
+    remove_abandoned(checkpoints, run.skips)
+    notes = load_state(run)
+    if notes:
+        processes.say(f"resuming after step {run.start_step} of {config.train.num_steps}")
+    start_clock.note("making the state")
+    goodput.take_up(workdir, account_of(notes))
+    goodput.book("start")
+    if run.start_step < config.train.num_steps:
         began = time.monotonic()
         iterations = ", ".join(map(str, programs.distinct_iterations(model)))
         processes.say(f"compiling the step for R = {iterations}")
@@ -164,4 +197,7 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
         processes.wait_for_all("compiled")
         processes.say(f"compiled in {time.monotonic() - began:.1f} s")
         start_clock.note("compiling")
+        goodput.book("compile")
+    if processes.is_first():
+        goodput.write(workdir, at_once=True)
     return run

@@ -14,6 +14,21 @@ from latentjax.training.mesh import shardings_of
 
 
 @flax.struct.dataclass
+class Counts:
+    """What went wrong in the steps that led to a state: int32 scalars, the same on every device.
+
+    Attributes:
+      skipped_updates: steps whose loss or gradients were not finite, so that they changed no parameter.
+      skipped_in_a_row: of those, the ones since the last step that did.
+      damaged_windows: windows left out because a block that they touch is damaged.
+    """
+
+    skipped_updates: jax.Array
+    skipped_in_a_row: jax.Array
+    damaged_windows: jax.Array
+
+
+@flax.struct.dataclass
 class TrainState:
     """A pytree.
 
@@ -21,17 +36,26 @@ class TrainState:
       step: int32 scalar, the number of steps taken.
       params: float32 parameters.
       opt_state: the optimizer's.
+      counts: of what went wrong.
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
+    counts: Counts
+
+
+def no_counts() -> Counts:
+    """Returns the counts of a run that begins."""
+    return Counts(*(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
 def _create(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state whose parameters still carry their logical axis names."""
     params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), counts=no_counts()
+    )
 
 
 def abstract_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

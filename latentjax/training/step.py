@@ -9,7 +9,8 @@ import optax
 
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.training.loss import next_token_loss
-from latentjax.training.state import TrainState
+from latentjax.training.optimizer import keep_unless
+from latentjax.training.state import Counts, TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -23,11 +24,19 @@ def make_train_step(
     num_jacobi_iterations: int,
     gradient_accumulation_steps: int,
     loss_chunk_tokens: int,
+    counts_damage: bool,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns step(state, batch) -> (state, metrics), for one R.
 
     The batch holds `tokens` (B, T + 1) and `loss_weights` (B, T), and with document masks `segment_ids` and `positions`
-    (B, T). Metrics are float32 scalars: `loss` in nats per token, `grad_norm` before clipping, `learning_rate`.
+    (B, T). Metrics are float32 scalars: `loss` in nats per token, `grad_norm` before clipping, `learning_rate`; and
+    int32 scalars: `skipped_update` (0 or 1), and the state's counts after the step, see `Counts`.
+
+    Where the loss or the gradients' norm is not finite the update is skipped: parameters and moments stay as they were,
+    and the step counts all the same.
+
+    Args:
+      counts_damage: whether windows without any weight are counted, as `damaged_windows`.
     """
 
     def loss_sum(params: Any, batch: Batch) -> jax.Array:
@@ -43,13 +52,24 @@ def make_train_step(
         else:
             loss, grads = _accumulate(grad_fn, state.params, batch, gradient_accumulation_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.global_norm(grads)
+        # Chosen leaf by leaf: that melts into the update, which has the old values at hand. A branch would copy them.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
+        opt_state = keep_unless(finite, opt_state, state.opt_state)
+        counts = _count(state.counts, ~finite, batch["loss_weights"] if counts_damage else None)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "skipped_update": (~finite).astype(jnp.int32),
+            "skipped_updates": counts.skipped_updates,
+            "skipped_in_a_row": counts.skipped_in_a_row,
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        if counts_damage:
+            metrics["damaged_windows"] = counts.damaged_windows
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, counts=counts), metrics
 
     return step
 
@@ -97,6 +117,18 @@ def summed_loss(
         chunk_tokens=loss_chunk_tokens,
     )
     return total, residual_R
+
+
+def _count(counts: Counts, skipped: jax.Array, weights_BT: jax.Array | None) -> Counts:
+    """The counts after a step; without weights, damage is not counted."""
+    damaged = counts.damaged_windows
+    if weights_BT is not None:
+        damaged += jnp.sum(jnp.all(weights_BT == 0, axis=1), dtype=jnp.int32)
+    return Counts(
+        skipped_updates=counts.skipped_updates + skipped.astype(jnp.int32),
+        skipped_in_a_row=jnp.where(skipped, counts.skipped_in_a_row + 1, 0),
+        damaged_windows=damaged,
+    )
 
 
 def _accumulate(grad_fn: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[jax.Array, Any]:

@@ -55,6 +55,23 @@ def test_items_come_in_order_and_to_the_end(num_workers, ahead, count):
     assert not multiprocessing.active_children()
 
 
+class LargeItems(Items):
+    """Far more than a pipe holds: whoever sends one is mostly in the midst of it."""
+
+    def __getitem__(self, index):
+        return bytes(20_000_000)
+
+
+def test_closed_while_items_are_being_sent_it_does_not_wait_for_the_rest():
+    for _ in range(4):
+        items = read_in_processes(LargeItems(10**9), 1, 4)
+        next(items)
+        closing = threading.Thread(target=items.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()
+
+
 def test_closed_early_nothing_is_left():
     items = read_in_processes(Items(10**9), 2, 8)
     assert next(items)[0] == 0

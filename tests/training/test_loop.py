@@ -188,7 +188,7 @@ def plain_steps(tmp_path: Path) -> Callable:
         batches = loop._train_batches(run)
         try:
             with guard:
-                _, step = loop._steps(run, batches, log, progress, StopAfter(steps))
+                _, step, _ = loop._steps(run, batches, log, progress, StopAfter(steps))
         finally:
             batches.close()
             log.close()
@@ -206,10 +206,10 @@ def test_a_plain_step_moves_nothing_but_its_batch(plain_steps: Callable):
 
 @pytest.mark.parametrize(
     ("log_every_steps", "events"),
-    [(1, "s1 s2 r1 s3 r2 s4 r3 s5 r4 r5"), (2, "s1 s2 s3 r2 s4 s5 r4"), (100, "s1 s2 s3 s4 s5")],
+    [(1, "s1 s2 r1 s3 r2 s4 r3 s5 r4 r5"), (2, "s1 s2 s3 r2 s4 s5 r4 r5"), (100, "s1 s2 s3 s4 s5 r5")],
 )
 def test_the_next_step_is_under_way_before_metrics_are_read(plain_steps: Callable, log_every_steps: int, events: str):
-    """s: dispatched; r: its numbers are waited for."""
+    """s: dispatched; r: its numbers are waited for. Those of the last before a stop are, as its state is saved."""
     found = []
 
     class Watched:

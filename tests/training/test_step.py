@@ -55,6 +55,7 @@ def trained(axes=ONE_DEVICE, microbatches=1, loss_chunk_tokens=0):
         num_jacobi_iterations=1,
         gradient_accumulation_steps=microbatches,
         loss_chunk_tokens=loss_chunk_tokens,
+        counts_damage=False,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     first = put_batch(batch_at(0), mesh)

@@ -1,0 +1,59 @@
+"""Keeping the stretches of batches that a run steps over: data_skips.json, and which checkpoints know of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from latentjax.data.skips import Skip, skips_from_json, skips_to_json
+from latentjax.errors import UserError
+from latentjax.training.checkpoint import Checkpoints
+from latentjax.training.run_directory import write_durably
+
+SKIPS_FILE = "data_skips.json"
+
+
+def read_skips(workdir: Path) -> tuple[Skip, ...]:
+    """Returns the stretches that the run in `workdir` steps over, in the order in which it found them.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / SKIPS_FILE
+    try:
+        return skips_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot read {path}, which says what batches the run steps over ({error!r}): restore it, or remove it to "
+            "go by what the newest checkpoint says"
+        ) from error
+
+
+def write_skips(workdir: Path, skips: Sequence[Skip]) -> None:
+    """Writes them so that they outlast whatever happens next.
+
+    Raises:
+      UserError: they cannot be written.
+    """
+    path = workdir / SKIPS_FILE
+    try:
+        write_durably(path, json.dumps(skips_to_json(skips), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove_abandoned(checkpoints: Checkpoints, skips: Sequence[Skip]) -> None:
+    """Removes checkpoints that a run went back from and had no time to remove itself.
+
+    Such a one is of a later step than the one gone back to, and does not know of it.
+    """
+    if not skips:
+        return
+    # What was gone back to since a checkpoint knew of so many skips; later steps than that it must not be of.
+    limits = [min(skip.step for skip in skips[known:]) for known in range(len(skips))]
+    for step in checkpoints.steps:
+        if step > min(limits):
+            known = len(checkpoints.notes(step).get("data_skips", ()))
+            if known < len(skips) and step > limits[known]:
+                checkpoints.remove(step)
