@@ -60,6 +60,7 @@ def validate(config: ConfigDict) -> None:
     _check_model(config.model)
     _check_recurrence(config.recurrence)
     _check_data(config)
+    _check_checkpoint(config.checkpoint)
     check_backend(config.model.attention)
 
 
@@ -144,3 +145,10 @@ def _check_data(config: ConfigDict) -> None:
         )
     if [config.mesh[axis] for axis in config.mesh].count(-1) > 1 or 0 in [config.mesh[axis] for axis in config.mesh]:
         raise UserError("config group 'mesh': sizes are whole numbers of at least 1, of which one may be -1 (the rest)")
+
+
+def _check_checkpoint(checkpoint: ConfigDict) -> None:
+    if "://" in checkpoint.directory and not checkpoint.directory.startswith("gs://"):
+        raise UserError(
+            f"checkpoint.directory={checkpoint.directory!r} must be a path, or a URL that begins with gs://"
+        )

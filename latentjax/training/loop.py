@@ -40,15 +40,16 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
     run = prepare_run(config, workdir)
     log = MetricsLog(workdir, run.start_step, writes=processes.is_first())
     progress = TrainProgress(run.start_step, config.train.num_steps, shows=processes.is_first())
+    run.checkpoints.note = progress.note
     try:
         # Until here nothing would be lost: signals did what they always do.
         with stop:
             with contextlib.closing(_train_batches(run)) as batches, programs.memory_errors("training"):
                 state, step = _steps(run, batches, log, progress, stop)
-            run.checkpoints.save(state, step, run.checkpoint_notes(step))
+            run.checkpoints.save_last(state, step, run.checkpoint_notes(step))
             run.checkpoints.close()
         if step < config.train.num_steps:
-            progress.note(f"saved step {step} to {workdir / 'checkpoints'}; the same command continues from there")
+            progress.note(f"saved step {step} to {run.checkpoints.directory}; the same command continues from there")
             return None
         if not processes.is_first():
             return {}
@@ -87,7 +88,7 @@ def _steps(
         evaluates = last or step % train.eval_every_steps == 0 if train.eval_every_steps else False
         samples = last or step % train.sample_every_steps == 0 if train.sample_every_steps else False
         samples = samples and train.sample_prompts
-        saves = last or step % config.checkpoint.every_steps == 0
+        saves = last or run.checkpoints.due(step)
         if last or step % train.log_every_steps == 0 or evaluates:
             recorder.note(step, num_iterations, metrics)
         if not (evaluates or samples or saves):

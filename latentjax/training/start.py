@@ -17,6 +17,7 @@ from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import processes, programs, run_directory
 from latentjax.training.checkpoint import Checkpoints
+from latentjax.training.checkpoint_files import directory_of
 from latentjax.training.host_memory import keep_freed_memory
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
@@ -106,9 +107,9 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
     for change in processes.on_first(lambda: run_directory.claim(workdir, config)) or ():
         processes.say(f"config changed since the run was last started: {change}")
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     abstract = abstract_state(model, optimizer, mesh)
+    checkpoints = Checkpoints(directory_of(config.checkpoint.directory, workdir), config.checkpoint, abstract)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -122,7 +123,7 @@ def prepare_run(config: ConfigDict, workdir: Path) -> Run:
         with programs.memory_errors("initialising the parameters"):
             state = jax.block_until_ready(create_state(model, optimizer, mesh, config.train.seed))
     else:
-        state, notes = checkpoints.restore(abstract)
+        state, notes = checkpoints.restore()
         start_step, earlier_seconds = int(notes["step"]), notes["wall_seconds"]
         if notes["tokenizer"] != sources.tokenizer.fingerprint:
             raise UserError(
