@@ -39,18 +39,21 @@ class _Save:
     """A save under way, and the thread that waits for it."""
 
     def __init__(self, step: int):
-        self.step = step
+        self.step, self.seconds = step, 0.0
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def finish_by(self, finish: Callable[[], None]) -> None:
         """Runs `finish` in the background; what it raises is kept."""
 
+        began = time.monotonic()
+
         def run() -> None:
             try:
                 finish()
             except Exception as error:
                 self.error = error
+            self.seconds = time.monotonic() - began
 
         self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
@@ -91,6 +94,7 @@ class Checkpoints:
         self._reason = ""  # why the last save failed
         self._failures, self._retry_at = 0, 0.0
         self._last_save_at = time.monotonic()
+        self.last_save_seconds = 0.0  # from the return of `save` until the checkpoint was whole
         self._wish = Wish(jax.tree.leaves(abstract_state)[0].sharding.mesh)
 
     @property
@@ -165,6 +169,7 @@ class Checkpoints:
             self.note(f"saving step {save.step} to {self.directory} failed ({self._reason}); {self._last_good()}")
             return False
         config = self._config
+        self.last_save_seconds = save.seconds
         self._steps.append(save.step)
         deleted = files.steps_to_delete(self._steps, config.max_to_keep, config.keep_every_steps)
         self._steps = [step for step in self._steps if step not in deleted]

@@ -22,6 +22,7 @@ from latentjax.training.sampling import sample_text
 from latentjax.training.signals import StopRequest
 from latentjax.training.start import Run, prepare_run
 from latentjax.training.state import TrainState
+from latentjax.training.storage_errors import writing
 
 
 def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any] | None:
@@ -54,7 +55,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any
         if not processes.is_first():
             return {}
         summary = _summary(run, log)
-        run_directory.write_summary(workdir, summary)
+        with writing(workdir / "summary.json"):
+            run_directory.write_summary(workdir, summary)
         return summary
     finally:
         progress.close()

@@ -9,8 +9,8 @@ from pathlib import Path
 from latentjax.errors import UserError
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
-# What says that a file is not as it was written, where an error has a number. Any other number (no permission, a failing
-# disk, a network that is down, too many open files) speaks of the way to the file.
+# Numbers of errors that say that a file is not as it was written. Any other (no permission, a failing disk, a network
+# that is down, too many open files) speaks of the way to the file.
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 # The same for errors that have words only: TensorStore's, and those of stores behind URLs.
 _TROUBLE = re.compile(
@@ -18,13 +18,17 @@ _TROUBLE = re.compile(
     r"Permission denied|Input/output error|Stale file handle|Connection|[Tt]imed out|[Tt]imeout|Too many open files|"
     r"Cannot allocate memory|Forbidden|Unauthorized|credential|Network is|Too Many Requests"
 )
-_NOISE = re.compile(r"\s*\[(tensorstore_spec|source locations)=.*|\s*; to fix this.*", re.DOTALL)
+# What TensorStore and Orbax say of their own insides.
+_NOISE = re.compile(r"\s*\[(tensorstore_spec|source locations).*|\. See full TensorStore details.*", re.DOTALL)
 _LONGEST = 300
 
 
 def is_full(error: BaseException) -> bool:
     """Returns whether the disk, or the user's share of it, is full."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_FULL.search(str(error)))
+    return any(
+        getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(_text(each))
+        for each in _chain(error)
+    )
 
 
 def is_damage(error: BaseException) -> bool:
@@ -32,25 +36,38 @@ def is_damage(error: BaseException) -> bool:
 
     Without that, and where it may be trouble that passes, the data have to be left as they are.
     """
-    if isinstance(error, MemoryError):
-        return False
-    number = getattr(error, "errno", None) if isinstance(error, OSError) else None
-    if number is not None:
-        return number in _DAMAGE
-    return not _TROUBLE.search(str(error)) and not is_full(error)
+    for each in _chain(error):
+        number = each.errno if isinstance(each, OSError) else None
+        if number is not None and number not in _DAMAGE:
+            return False
+        if isinstance(each, MemoryError) or (number is None and _TROUBLE.search(_text(each))):
+            return False
+    return not is_full(error)
 
 
 def one_line(error: BaseException) -> str:
     """Returns what an error says, in one line of bearable length."""
     if is_full(error):
         return "no space left on device"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = " ".join(_NOISE.sub("", text).split())
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{text}: {error.filename}"
-    if not isinstance(error, OSError | ValueError) or not text:
-        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    root = _chain(error)[-1]
+    text = root.strerror if isinstance(root, OSError) and root.strerror else _text(root)
+    if isinstance(root, OSError) and root.strerror and root.filename:
+        text = f"{text}: {root.filename}"
+    if not isinstance(root, OSError | ValueError) or not text:
+        text = f"{type(root).__name__}: {text}".rstrip(": ")
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, the first cause last."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
+        chain.append(chain[-1].__cause__)
+    return chain
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(_NOISE.sub("", str(error)).split())
 
 
 @contextlib.contextmanager
