@@ -22,7 +22,7 @@ from latentjax.training import processes, programs
 from latentjax.training.agreement import Wish, gather_texts, numbers_of_first
 from latentjax.training.checksums import StateChecksums
 from latentjax.training.state import TrainState
-from latentjax.training.storage_errors import is_damage, is_full, one_line
+from latentjax.training.storage_errors import ignore_leftovers, is_damage, is_full, one_line
 
 STATE, RUN = "state", "run"  # the two items of a checkpoint: arrays, and JSON about the run and the arrays
 ARRAYS = "arrays"  # in the JSON: {name: [shape, dtype, checksum]}
@@ -84,6 +84,7 @@ class Checkpoints:
         """
         # Orbax logs every phase of every save; what a user needs to know is said by `note`.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        ignore_leftovers()
         self.directory = directory
         self.note: Callable[[str], None] = processes.say  # how a line about a save is shown
         self._config, self._abstract = config, abstract_state

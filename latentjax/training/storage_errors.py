@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from latentjax.errors import UserError
 
@@ -68,6 +70,25 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _text(error: BaseException) -> str:
     return " ".join(_NOISE.sub("", str(error)).split())
+
+
+def ignore_leftovers() -> None:
+    """Keeps quiet what TensorStore's and Orbax's reads and writes still have to say when another of them has failed.
+
+    One failure ends them all, and the others then find their event loop closed. Python would print a traceback for each
+    of them; the failure itself is raised, and told in one line.
+    """
+    previous = sys.unraisablehook
+    if getattr(previous, "ignores_leftovers", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        text = str(unraisable.exc_value)
+        if text != "Event loop is closed" and not text.startswith("Encountered error while reading array index"):
+            previous(unraisable)
+
+    hook.ignores_leftovers = True
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

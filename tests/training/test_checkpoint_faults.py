@@ -183,6 +183,7 @@ def test_through_the_command_line(whole_run: Path, tmp_path: Path):
     os.truncate(workdir / "checkpoints" / "12" / "run" / "metadata", 100)
     result = recipes.run(workdir)
     assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stdout.splitlines() if "damaged" in line]
     assert "checkpoint 12 is damaged" in line and "going back to step 10" in line
     assert "resuming after step 10 of 12" in result.stdout
