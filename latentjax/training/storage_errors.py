@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ def ignore_leftovers() -> None:
 
     hook.ignores_leftovers = True
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
 
 
 @contextlib.contextmanager

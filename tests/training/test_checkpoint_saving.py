@@ -170,12 +170,13 @@ def test_a_disk_that_is_full(tmp_path: Path):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "tensorboard"])
 def test_logs_on_a_full_disk(tmp_path: Path, name: str):
     log = MetricsLog(tmp_path, 0)
+    full = Path("/dev/full")
     if name == "metrics.jsonl":
-        log._file = Path("/dev/full").open("a")
+        log._file = full.open("a")
     elif name == "samples.txt":
-        log._samples_path.symlink_to("/dev/full")
+        log._samples_path.symlink_to(full)
     else:
-        log._tensorboard._writer._py_recordio_writer._writer = Path("/dev/full").open("wb")
+        log._tensorboard._writer._py_recordio_writer._writer = full.open("wb")
         log._tensorboard._flushed_at -= 1e9
     message = rf"cannot write .*{name} \(no space left on device\): free some and give the same command again"
     with pytest.raises(UserError, match=message):
