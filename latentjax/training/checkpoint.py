@@ -135,7 +135,8 @@ class Checkpoints:
                 args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RUN: ocp.args.JsonSave(notes)}),
             )
         except jax.errors.JaxRuntimeError:
-            raise
+            self._current = None
+            raise  # of the devices, not of the storage
         except Exception as error:
             self._current.error = error
         else:

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 import recipes
 from small_checkpoints import opened, restored, save
+from test_processes import run_together
 
 from latentjax.errors import UserError
 from latentjax.training.metrics import read_metrics
@@ -190,3 +191,20 @@ def test_through_the_command_line(whole_run: Path, tmp_path: Path):
     assert (workdir / "checkpoints" / "damaged" / "12").is_dir()
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == list(range(1, 13))
     recipes.assert_same_run(workdir, whole_run)
+
+
+@pytest.mark.long
+def test_two_processes_go_back_together(tmp_path: Path):
+    """By the clock of the first they save at the same steps; the second sees the damage that the first sees."""
+    knobs = ("mesh.data=8", "checkpoint.every_steps=1000", "train.eval_every_steps=0", "train.sample_every_steps=0")
+    clock = ("checkpoint.every_minutes=0.0001", "train.num_steps=45", "checkpoint.max_to_keep=9")
+    for result in run_together(tmp_path / "run", *knobs, *clock):
+        assert result.returncode == 0, result.stderr
+    directory = tmp_path / "run" / "checkpoints"
+    assert sorted(int(path.name) for path in directory.iterdir()) == [20, 40, 45]
+    shutil.rmtree(directory / "45" / "state" / "d")
+    results = run_together(tmp_path / "run", *knobs, "train.num_steps=46", "checkpoint.max_to_keep=9")
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    assert "checkpoint 45 is damaged" in results[0].stdout and "resuming after step 40 of 46" in results[0].stdout
+    assert sorted(path.name for path in directory.iterdir()) == ["20", "40", "46", "damaged"]
