@@ -5,7 +5,6 @@ not depend on their order, so that shards can be summed where they lie. Mixing i
 two that would cancel out, nor elements that have changed places leave the sum as it was (but by a chance of 2^-32).
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -41,7 +40,7 @@ class StateChecksums:
     """The checksums of all arrays of a state, by one compiled program."""
 
     def __init__(self, abstract_state: Any):
-        """Begins to compile, in the background.
+        """Compiles the program.
 
         Args:
           abstract_state: shapes, dtypes and shardings, all on one mesh.
@@ -55,14 +54,9 @@ class StateChecksums:
             return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(state)])
 
         program = jax.jit(all_checksums, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        pool = ThreadPoolExecutor(1)
-        self._compiled = pool.submit(lambda: program.lower(abstract_state).compile())
-        pool.shutdown(wait=False)
-
-    @property
-    def program(self) -> jax.stages.Compiled:
-        """The compiled program: state -> (K,) uint32, K arrays."""
-        return self._compiled.result()
+        # Here and now, and not in a thread beside the restoring: there, jax 0.10 was seen to wait forever for a program
+        # of its cache.
+        self.program = program.lower(abstract_state).compile()  # state -> (K,) uint32, K arrays
 
     def start(self, state: Any) -> jax.Array:
         """Dispatches the program; returns its result, (K,) uint32 on every device."""
