@@ -3,6 +3,7 @@
 python -m latentjax.bench data
 python -m latentjax.bench step --config configs/pile_70m.py --thoughts 0 1 2
 python -m latentjax.bench peer --config configs/pile_70m.py
+python -m latentjax.bench checkpoint --config configs/pile_70m.py
 """
 
 import argparse
@@ -57,11 +58,17 @@ def _parser() -> LineParser:
     peer.add_argument("--largest_batch", action="store_true", help="also seek the largest batch that fits each (GPU)")
     peer.add_argument("--fits", choices=("ours", "peer"), help=argparse.SUPPRESS)  # tries one batch size, in a process
     peer.add_argument("--variant", default="", help="of the peer, as its output names it; unset: the fastest")
-    for part in (step, peer):
+
+    text = "training steps with checkpoints being saved, against the same ones with none; on random tokens"
+    checkpoint = parts.add_parser("checkpoint", help=text, description=text, **settings)
+    checkpoint.add_argument("--every", type=int, default=50, help="steps from one checkpoint to the next")
+    checkpoint.add_argument("--directory", type=Path, help="where to put them; unset: a temporary directory")
+    for part in (step, peer, checkpoint):
         part.add_argument("--config", required=True, help="a recipe; its knobs are set with --config.GROUP.KEY=VALUE")
         part.add_argument("--rounds", type=int, default=5, help="turns that every program has")
+    for part in (step, peer):
         part.add_argument("--steps", type=int, default=2, help="training steps of a turn")
-    for part in (data, step, peer):
+    for part in (data, step, peer, checkpoint):
         part.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 
@@ -82,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         if overrides:
             raise UserError(f"--config.{brief(overrides[0])}: bench data reads no config; leave it out")
         return _bench_data(flags)
-    return (_bench_step if flags.part == "step" else _bench_peer)(flags, overrides)
+    return {"step": _bench_step, "peer": _bench_peer, "checkpoint": _bench_checkpoint}[flags.part](flags, overrides)
 
 
 def _bench_data(flags: argparse.Namespace) -> int:
@@ -167,6 +174,22 @@ def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
         if compared:
             print(step_benchmark.PROPORTION_HEADER, *(each.line() for each in compared), sep="\n")
     return 0 if all(each.holds for each in compared) else 1
+
+
+def _bench_checkpoint(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = _load(flags, overrides)
+    if flags.directory is not None:
+        flags.directory.mkdir(parents=True, exist_ok=True)
+    _treat_memory_as_the_trainer_does()
+    from latentjax.training.checkpoint_benchmark import benchmark_saving
+
+    with tempfile.TemporaryDirectory(prefix="latentjax-bench-", dir=flags.directory) as name:
+        times = benchmark_saving(config, Path(name), flags.every, flags.rounds)
+    if flags.json:
+        _print_json({**_circumstances(config), **asdict(times), "ratio": times.ratio, "holds": times.holds})
+    else:
+        print(*_circumstance_lines(config), *times.lines(), sep="\n")
+    return 0 if times.holds else 1
 
 
 def _bench_peer(flags: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -116,6 +116,8 @@ def default() -> ConfigDict:
     checkpoint.every_steps = 500  # also when the run ends or is stopped
     checkpoint.max_to_keep = 2  # the last ones
     checkpoint.keep_every_steps = 0  # and for good every multiple of this; 0: none
+    checkpoint.every_minutes = 0.0  # and whenever so long has passed since the last; 0: never
+    checkpoint.directory = ""  # a path or gs:// URL, of this run alone; "": WORKDIR/checkpoints
 
     config.mesh = mesh = ConfigDict()  # devices along each axis; one of them may be -1: the rest
     mesh.replica = 1  # data parallel over the slow network between slices

@@ -106,6 +106,7 @@ def validate(config: ConfigDict) -> None:
     _check_recurrence(config.recurrence)
     _check_data(config)
     _check_spikes(config.train, config.checkpoint.every_steps)
+    _check_checkpoint(config.checkpoint)
     _check_mesh(config.mesh)
     _check_size(config)
 
@@ -248,4 +249,11 @@ def _check_size(config: ConfigDict) -> None:
             f"data.batch_size={data.batch_size} sequences of data.sequence_length={data.sequence_length} tokens, each "
             f"with recurrence.num_latent_thoughts={config.recurrence.num_latent_thoughts}, are {slots:.1e} slots a "
             f"step, but at most {_MOST_SLOTS} can be counted: lower one of them"
+        )
+
+
+def _check_checkpoint(checkpoint: ConfigDict) -> None:
+    if "://" in checkpoint.directory and not checkpoint.directory.startswith("gs://"):
+        raise UserError(
+            f"checkpoint.directory={checkpoint.directory!r} must be a path, or a URL that begins with gs://"
         )

@@ -38,6 +38,20 @@ def test_step_measures_every_program_and_sets_times_against_work(capsys):
     assert report["config"]["data"]["batch_size"] == 8
 
 
+def test_checkpoint_sets_steps_with_saving_against_none(capsys, tmp_path):
+    flags = ["--every", "3", "--rounds", "2", "--directory", str(tmp_path / "disk"), "--json"]
+    status = bench.main(["checkpoint", "--config", str(RECIPE), *flags])
+    report = json.loads(capsys.readouterr().out)
+    assert report["state_bytes"] > 4 * 3 * 2 * 257 * 16  # parameters and moments of embedding and head, at least
+    pairs = list(zip(report["plain_seconds"], report["saving_seconds"], strict=True))
+    assert len(pairs) == 2
+    assert report["ratio"] == pytest.approx(sum(plain / saving for plain, saving in pairs) / 2)
+    assert all(0 < block < whole for block, whole in zip(report["blocked_seconds"], report["saving_seconds"]))
+    assert all(seconds > 0 for seconds in report["written_seconds"])
+    assert status == (0 if report["ratio"] >= 0.95 else 1)
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 @needs_peer
 def test_peer_checks_and_measures_both(capsys):
     assert bench.main([*PEER, "--steps", "1", "--variant", "float32, eager", "--json"]) == 0

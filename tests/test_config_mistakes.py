@@ -4,6 +4,7 @@ They are drawn by seeded makers (tests/mistakes.py, tests/mistaken_files.py); as
 so that no check is stricter than it should be.
 """
 
+import contextlib
 import importlib
 import random
 import signal
@@ -126,7 +127,7 @@ def test_valid_configs_get_as_far_as_the_state(number, tmp_path, monkeypatch):
 
     monkeypatch.setattr("latentjax.training.start.create_state", reach)
     with pytest.raises(_Reached):
-        prepare_run(valid_config(random.Random(f"start {number}")), tmp_path / "run")
+        prepare_run(valid_config(random.Random(f"start {number}")), tmp_path / "run", contextlib.ExitStack())
 
 
 def test_the_checks_of_this_file_can_fail(tmp_path, monkeypatch, capsys):

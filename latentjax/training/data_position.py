@@ -54,6 +54,9 @@ def remove_abandoned(checkpoints: Checkpoints, skips: Sequence[Skip]) -> None:
     limits = [min(skip.step for skip in skips[known:]) for known in range(len(skips))]
     for step in checkpoints.steps:
         if step > min(limits):
-            known = len(checkpoints.notes(step).get("data_skips", ()))
+            notes = checkpoints.notes(step)
+            if notes is None:
+                continue  # damaged: nobody goes on from there
+            known = len(notes.get("data_skips", ()))
             if known < len(skips) and step > limits[known]:
-                checkpoints.remove(step)
+                checkpoints.delete(step)

@@ -26,6 +26,7 @@ from latentjax.training.sampling import sample_text
 from latentjax.training.signals import StopRequest
 from latentjax.training.start import Run, prepare_run
 from latentjax.training.state import TrainState
+from latentjax.training.storage_errors import writing
 from latentjax.training.watchdog import Watchdog
 
 
@@ -65,22 +66,24 @@ def _train_on(run: Run, stop: StopRequest) -> dict[str, Any] | Trouble | None:
     workdir, num_steps = run.workdir, run.config.train.num_steps
     log = MetricsLog(workdir, run.start_step, writes=processes.is_first())
     progress = TrainProgress(run.start_step, num_steps, shows=processes.is_first())
+    run.checkpoints.note = progress.note
     try:
         with contextlib.closing(_train_batches(run)) as batches, programs.memory_errors("training"):
             state, step, trouble = _steps(run, batches, log, progress, stop)
         if trouble is not None:
             return trouble
         with run.goodput.part("saving"):
-            run.checkpoints.save(state, step, run.checkpoint_notes(step))
+            run.checkpoints.save_last(state, step, run.checkpoint_notes(step))
             run.checkpoints.close()
         progress.note(run.goodput.line())
         if step < num_steps:
-            progress.note(f"saved step {step} to {workdir / 'checkpoints'}; the same command continues from there")
+            progress.note(f"saved step {step} to {run.checkpoints.directory}; the same command continues from there")
             return None
         if not processes.is_first():
             return {}
         summary = _summary(run, log)
-        run_directory.write_summary(workdir, summary)
+        with writing(workdir / "summary.json"):
+            run_directory.write_summary(workdir, summary)
         return summary
     finally:
         if processes.is_first():
@@ -122,7 +125,7 @@ def _steps(
         evaluates = last or step % train.eval_every_steps == 0 if train.eval_every_steps else False
         samples = last or step % train.sample_every_steps == 0 if train.sample_every_steps else False
         samples = samples and train.sample_prompts
-        saves = last or step % config.checkpoint.every_steps == 0
+        saves = last or run.checkpoints.due(step)
         if last or step % train.log_every_steps == 0 or evaluates:
             recorder.note(step, num_iterations, metrics)
         if not (evaluates or samples or saves):

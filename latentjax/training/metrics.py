@@ -1,5 +1,6 @@
 """What a run writes as it goes: metrics.jsonl, TensorBoard, samples.txt."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from latentjax.training.run_directory import write_whole
+from latentjax.training.storage_errors import writing
+from latentjax.training.tensorboard import TensorBoardLog
 
 # Keys of a metrics line that depend on the machine and the moment; all others are equal for equal runs, bit for bit.
 TIMING_KEYS = ("tokens_per_second", "mfu")
@@ -47,6 +48,9 @@ class MetricsLog:
         """Opens the logs and drops all that was written after `start_step`: those steps are about to be done again.
 
         With `writes` false nothing is touched (all processes but the first).
+
+        Raises:
+          UserError: here and in every method: a log cannot be written; what the last checkpoint knows of is there.
         """
         self.last: dict[str, Any] = {}
         self.last_evaluation: dict[str, Any] = {}
@@ -55,11 +59,15 @@ class MetricsLog:
             return
         self._path = workdir / "metrics.jsonl"
         self._samples_path = workdir / "samples.txt"
+        self._tensorboard_path = workdir / "tensorboard"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
-        write_whole(self._path, "".join(map(to_json_line, kept)))
-        self._cut_samples(start_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+        with writing(self._path):
+            write_whole(self._path, "".join(map(to_json_line, kept)))
+            self._file = self._path.open("a", encoding="utf-8")
+        with writing(self._samples_path):
+            self._cut_samples(start_step)
+        with writing(self._tensorboard_path):
+            self._tensorboard = TensorBoardLog(self._tensorboard_path, start_step + 1)
         evaluations = [line for line in kept if "eval_loss" in line]
         self.last = kept[-1] if kept else {}
         self.last_evaluation = evaluations[-1] if evaluations else {}
@@ -68,11 +76,13 @@ class MetricsLog:
         """Appends one line, `step` among its keys; Python prints floats so that they read back exactly."""
         if not self._writes:
             return
-        self._file.write(to_json_line(line))
-        self._file.flush()
-        for key, value in line.items():
-            if key != "step" and value is not None and math.isfinite(value):
-                self._tensorboard.add_scalar(key, value, line["step"])
+        with writing(self._path):
+            self._file.write(to_json_line(line))
+            self._file.flush()
+        with writing(self._tensorboard_path):
+            for key, value in line.items():
+                if key != "step" and value is not None and math.isfinite(value):
+                    self._tensorboard.add_scalar(key, value, line["step"])
         self.last = line
         if "eval_loss" in line:
             self.last_evaluation = line
@@ -80,7 +90,8 @@ class MetricsLog:
     def sync(self) -> None:
         """Makes sure that all lines are on disk: a checkpoint must not know of steps that the log has lost."""
         if self._writes:
-            os.fsync(self._file.fileno())
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Appends generated text, each a prompt and what follows it, to samples.txt and TensorBoard."""
@@ -89,11 +100,12 @@ class MetricsLog:
         # Indented, so that no text can be taken for the header of a step.
         indented = [(prompt, f"{prompt}{text}".replace("\n", "\n    ")) for prompt, text in samples]
         body = "\n".join(f"--- {prompt!r}\n    {text}\n" for prompt, text in indented)
-        with self._samples_path.open("a", encoding="utf-8") as file:
+        with writing(self._samples_path), self._samples_path.open("a", encoding="utf-8") as file:
             file.write(f"=== step {step} ===\n{body}\n")
             file.flush()
             os.fsync(file.fileno())
-        self._tensorboard.add_text("samples", body, step)
+        with writing(self._tensorboard_path):
+            self._tensorboard.add_text("samples", body, step)
 
     def _cut_samples(self, start_step: int) -> None:
         if not self._samples_path.exists():
@@ -105,7 +117,8 @@ class MetricsLog:
             write_whole(self._samples_path, text[: later[0]])
 
     def close(self) -> None:
-        """Flushes and closes all logs."""
+        """Flushes and closes all logs. An error here comes too late to matter: `write` and `sync` have told of it."""
         if self._writes:
-            self._file.close()
-            self._tensorboard.close()
+            for log in (self._file, self._tensorboard):
+                with contextlib.suppress(OSError):
+                    log.close()

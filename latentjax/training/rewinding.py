@@ -41,9 +41,7 @@ def rewind(run: Run, trouble: Trouble) -> None:
         )
     run.skips = (*run.skips, Skip(target, last + 1, trouble.step, trouble.reason))
     processes.on_first(lambda: write_skips(run.workdir, run.skips))
-    for step in reversed(run.checkpoints.steps):
-        if step > target:
-            run.checkpoints.remove(step)
+    run.checkpoints.delete_after(target)
     notes = load_state(run)
     run.goodput.rewind(account_of(notes))
     processes.say(

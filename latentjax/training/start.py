@@ -20,6 +20,7 @@ from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import processes, programs, run_directory
 from latentjax.training.anomalies import Monitor
 from latentjax.training.checkpoint import Checkpoints
+from latentjax.training.checkpoint_files import directory_of
 from latentjax.training.data_position import read_skips, remove_abandoned
 from latentjax.training.goodput import Goodput, account_of
 from latentjax.training.mesh import make_mesh
@@ -114,7 +115,7 @@ def load_state(run: Run) -> dict[str, Any]:
         with programs.memory_errors("initialising the parameters"):
             run.state = jax.block_until_ready(create_state(run.model, optimizer, run.mesh, config.train.seed))
     else:
-        run.state, notes = run.checkpoints.restore(run.abstract_state)
+        run.state, notes = run.checkpoints.restore()
         if notes["tokenizer"] != run.sources.tokenizer.fingerprint:
             raise UserError(
                 f"the run in {run.workdir} was trained with another tokenizer than that of {run.sources.description}, "
@@ -155,9 +156,9 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
         for change in changes:
             processes.say(f"config changed since the run was last started: {change}")
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     abstract = abstract_state(model, optimizer, mesh)
+    checkpoints = Checkpoints(directory_of(config.checkpoint.directory, workdir), config.checkpoint, abstract)
     run = Run(
         config=config,
         workdir=workdir,

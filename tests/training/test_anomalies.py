@@ -163,7 +163,7 @@ class Kept:
     def notes(self, step):
         return {"data_skips": [None] * self.known[step]} if self.known[step] else {}
 
-    def remove(self, step):
+    def delete(self, step):
         del self.known[step]
 
 

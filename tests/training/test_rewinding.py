@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import recipes
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from latentjax.data.windows import TrainBatches
 from latentjax.errors import UserError
 from latentjax.training import data_position, loop, rewinding, start
-from latentjax.training.checkpoint import Checkpoints
+from latentjax.training.checkpoint import RUN
 from latentjax.training.metrics import read_metrics
 from latentjax.training.signals import StopRequest
 
@@ -122,7 +123,7 @@ def test_the_run_reads_on_behind_the_trouble(rewound):
     assert [line["skipped_updates"] for line in lines] == [0, 0, 0]
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["rewinds"] == [skip] and summary["goodput"]["seconds"]["rewound"] > 0
-    notes = Checkpoints(workdir / "checkpoints", config_of().checkpoint).notes(NUM_STEPS)
+    notes = ocp.JsonCheckpointHandler().restore(workdir / "checkpoints" / str(NUM_STEPS) / RUN)
     assert notes["data_position"]["sequences"] == (24 + NUM_STEPS - 12) * 8 and notes["data_skips"] == [skip]
 
 
