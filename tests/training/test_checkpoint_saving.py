@@ -145,7 +145,7 @@ def small_disk(path: Path, megabytes: float) -> Iterator[Path]:
 
 def test_a_disk_that_is_full(tmp_path: Path):
     """Room for one checkpoint and not for two; then there is more, and the same command goes on."""
-    with small_disk(tmp_path / "disk", 0.5) as disk:
+    with small_disk(tmp_path / "disk", 1.0) as disk:
         never = ("train.eval_every_steps=0", "train.sample_every_steps=0")
         knobs = (f"checkpoint.directory={disk}/of-run", "checkpoint.max_to_keep=1", *never)
         recipes.trained(tmp_path / "run", *knobs, "train.num_steps=2")

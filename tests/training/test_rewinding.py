@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from latentjax.data.windows import TrainBatches
 from latentjax.errors import UserError
 from latentjax.training import data_position, loop, rewinding, start
-from latentjax.training.checkpoint import RUN
+from latentjax.training.checkpoint import RUN, Checkpoints
 from latentjax.training.metrics import read_metrics
 from latentjax.training.signals import StopRequest
 
@@ -144,7 +144,7 @@ def killed_after(module, name: str, monkeypatch):
 KILLS = {
     "before the decision": lambda patch: patch.setattr(rewinding, "write_skips", fail),
     "after the decision": lambda patch: killed_after(rewinding, "write_skips", patch),
-    "after a removal": lambda patch: killed_after(Checkpoints, "remove", patch),
+    "after a removal": lambda patch: killed_after(Checkpoints, "delete", patch),
     "while going back": lambda patch: patch.setattr(rewinding, "load_state", fail),
     "after going back": lambda patch: killed_after(rewinding, "load_state", patch),
 }
