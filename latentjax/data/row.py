@@ -15,11 +15,11 @@ class DamagedBlock(UserError):
     """
 
     def __init__(self, what: str, advice: str):
-        super().__init__(what, advice)  # both, so that it can be pickled
-        self.what = what
+        super().__init__(f"{what}; {advice}")
+        self.what, self._advice = what, advice
 
-    def __str__(self) -> str:
-        return "; ".join(self.args)
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self._advice)  # to come through from a reading process
 
 
 class TokenRow(ABC):

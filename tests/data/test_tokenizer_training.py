@@ -62,7 +62,7 @@ def test_the_sample_is_bounded_and_spread_over_the_corpus():
     assert len(known) == 26
 
 
-@pytest.mark.parametrize("size, hint", [(5000, "largest that works is"), (120, "smallest that works is")])
+@pytest.mark.parametrize("size, hint", [(5000, "largest that works is"), (260, "smallest that works is")])
 def test_unsuitable_vocabulary_names_one_that_works(size, hint):
     with pytest.raises(UserError, match=hint) as caught:
         train_sentencepiece(CORPUS, size)
