@@ -140,7 +140,7 @@ def error_of(recipe: str, *flags: str, topology: str = "v5e:2x2") -> str:
         (["--config.data.batch_size=6"], ["data.batch_size", "mesh.fsdp = 4"]),
         (["--config.model.attention=flash"], ["model.attention='flash'"]),
         (["--num_slices", "2"], ["2 slices", "mesh.replica"]),
-        (["--num_jacobi_iterations", "-1"], ["--num_jacobi_iterations", "at least 0"]),
+        (["--num_jacobi_iterations", "-1"], ["--num_jacobi_iterations", "from 0 to"]),
         (["--search", "--search_limit", "0"], ["--search_limit"]),
         (["--topologie", "v5e:2x2"], ["--topologie"]),
     ],

@@ -42,7 +42,7 @@ def test_what_data_is_read(key, text, message):
         ("train.on_bad_numbers", "ignore", "'ignore' is not known: choose rewind or stop or skip"),
         ("train.max_skipped_updates", "0", "train.max_skipped_updates=0 is out of range"),
         ("train.max_rewinds", "0", "train.max_rewinds=0 is out of range"),
-        ("train.spike_window", "9", "at least 10"),
+        ("train.spike_window", "9", "from 10 to"),
         ("train.spike_threshold", "-1", "train.spike_threshold=-1.0"),
         ("train.log_every_steps", "501", "log_every_steps=501 is more than checkpoint.every_steps=500: when a spike"),
     ],

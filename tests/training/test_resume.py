@@ -1,14 +1,15 @@
 """A run that is stopped or killed and started again is the run that never was, to the last bit."""
 
 import random
+import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import recipes
+from together import wait_for_step
 
 from latentjax.training.loop import train
 from latentjax.training.metrics import read_metrics
@@ -17,21 +18,9 @@ from latentjax.training.signals import StopRequest
 
 def start_until(workdir: Path, step: int, *overrides: str) -> subprocess.Popen:
     """Starts a run and returns while it is running, once its log has reached `step`."""
-    process = subprocess.Popen(
-        recipes.command(workdir, *overrides),
-        env=recipes.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        lines = read_metrics(workdir / "metrics.jsonl")
-        if lines and lines[-1]["step"] >= step:
-            return process
-        time.sleep(0.005)
-    process.kill()
-    raise AssertionError(f"the run ended or hung before step {step}: {process.communicate()}")
+    process = recipes.started(workdir, *overrides)
+    wait_for_step(workdir, [process], step)
+    return process
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 5)])
@@ -109,6 +98,37 @@ def test_killed_a_hundred_times(whole_run: Path, tmp_path: Path):
     for seed in range(20):
         _kill_until_done(tmp_path / f"run{seed}", kills=5, seed=seed)
         recipes.assert_same_run(tmp_path / f"run{seed}", whole_run)
+
+
+def _stop_until_done(workdir: Path, seed: int) -> int:
+    """Stops the run by SIGTERM at random moments until it is done; returns how often it saved and left."""
+    rng, saved, saves = random.Random(seed), 0, 0
+    while True:
+        process = recipes.started(workdir)
+        try:
+            out, err = process.communicate(timeout=rng.uniform(3.0, 9.0))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            out, err = process.communicate(timeout=120)
+        assert "Traceback" not in err
+        # Each start goes on where the one before has stopped: nothing is lost and nothing done twice.
+        resumed = re.search(r"resuming after step (\d+)", out)
+        assert int(resumed[1] if resumed else 0) == saved or "resuming" not in out
+        if process.returncode == 0:
+            return saves
+        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), err
+        if process.returncode > 0:
+            saved, saves = int(re.search(r"saved step (\d+) to", err)[1]), saves + 1
+            assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == list(range(1, saved + 1))
+
+
+@pytest.mark.long
+def test_stopped_again_and_again(whole_run: Path, tmp_path: Path):
+    saves = 0
+    for seed in range(10):
+        saves += _stop_until_done(tmp_path / f"run{seed}", seed)
+        recipes.assert_same_run(tmp_path / f"run{seed}", whole_run)
+    assert saves > 0
 
 
 def test_killed_behind_its_newest_checkpoint(whole_run: Path, tmp_path: Path):
