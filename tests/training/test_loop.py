@@ -71,13 +71,6 @@ def losses(workdir: Path) -> np.ndarray:
     return np.array([line[key] for line in lines for key in ("loss", "grad_norm", "eval_loss") if key in line])
 
 
-def test_losses_do_not_depend_on_the_mesh(whole_run: Path, tmp_path: Path):
-    """Nor do gradient norms and evaluations; test_mesh_equality.py compares the losses of many meshes."""
-    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.sequence=2")
-    workdir = recipes.trained(tmp_path / "run", *mesh, num_devices=8)
-    np.testing.assert_allclose(losses(workdir), losses(whole_run), atol=1e-5)
-
-
 def test_a_run_keeps_its_tokenizer(tmp_path: Path):
     vocabulary = ("model.vocab_size=400", "train.eval_every_steps=0", "train.sample_every_steps=0")
     workdir = recipes.trained(tmp_path / "run", *vocabulary, "train.num_steps=1")
@@ -86,22 +79,6 @@ def test_a_run_keeps_its_tokenizer(tmp_path: Path):
     assert result.returncode == 2
     assert "was trained with another tokenizer" in result.stderr.splitlines()[-1]
     recipes.trained(workdir, *vocabulary, "train.num_steps=2")
-
-
-def test_a_run_moves_to_another_mesh(whole_run: Path, tmp_path: Path):
-    """Half of the steps sharded over eight devices, the rest on one."""
-    workdir = tmp_path / "run"
-    result = recipes.run(workdir, "mesh.fsdp=8", "mesh.data=1", "checkpoint.every_steps=6", num_devices=8)
-    assert result.returncode == 0, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("first step after ")]
-    assert "compiling" in line and "first batch and step" in line
-    last = workdir / "checkpoints" / "12"
-    assert last.exists()
-    import shutil
-
-    shutil.rmtree(last)  # as if it had been killed while saving
-    recipes.trained(workdir, "checkpoint.every_steps=6")
-    np.testing.assert_allclose(losses(workdir), losses(whole_run), atol=1e-5)
 
 
 def test_masked_documents_without_evaluation_or_samples(tmp_path: Path):
