@@ -1,4 +1,4 @@
-"""Quickstart: a small latent-thought model learns the Python on this machine, in about five minutes on two CPU cores.
+"""Quickstart: a small latent-thought model learns the Python on this machine, in two to six minutes on two CPU cores.
 
     python -m latentjax.train --config configs/quickstart.py            # one latent thought per token
     python -m latentjax.train --config configs/quickstart.py:vanilla    # the same model without, for comparison
