@@ -122,7 +122,8 @@ class Watchdog:
         self._lost_after, self._hung_after = lost_after, hung_after
         self._leave, self._witness = leave, witness
         self._own = Note(0, f"{socket.gethostname()}, process id {os.getpid()}", 0, -1)
-        self._seen: dict[int, _Seen] = {}
+        # One that is never heard of is lost as well.
+        self._seen = {each: _Seen(Note(0, "host not known", 0, -1)) for each in range(num_processes)}
         self._ticks_without_board = self._ticks_in_place = self._ticks_of_grace = 0
         self._place = (0, -1)
         self._lock, self._over = threading.Lock(), threading.Event()
@@ -143,6 +144,13 @@ class Watchdog:
         if self._witness is not None:
             self._witness.dismiss()
         self._own.ended, self._own.status = reason, status
+        # In a thread: where the board is gone, its client may wait for an answer for minutes.
+        farewell = threading.Thread(target=self._say_farewell, name="watchdog_farewell", daemon=True)
+        farewell.start()
+        farewell.join(self._lost_after)
+
+    def _say_farewell(self) -> None:
+        reason = self._own.ended
         try:
             self._write()
             deadline = time.monotonic() + self._lost_after

@@ -117,7 +117,9 @@ def _stop_until_done(workdir: Path, seed: int) -> int:
         if process.returncode == 0:
             return saves
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), err
-        if process.returncode > 0:
+        if process.returncode < 0:  # before the first step, or behind the last one
+            saved = max((int(path.name) for path in (workdir / "checkpoints").glob("*[0-9]")), default=0)
+        else:
             saved, saves = int(re.search(r"saved step (\d+) to", err)[1]), saves + 1
             assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == list(range(1, saved + 1))
 
