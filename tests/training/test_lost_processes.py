@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import recipes
 from together import losses, run_together, start_together, wait_for_step
 
+from latentjax.training.checkpoint import ARRAYS, RUN
 from latentjax.training.watchdog import TRY_AGAIN
 
 LOST_AFTER = 5.0
@@ -72,7 +74,12 @@ def test_two_processes_of_which_one_is_killed_again_and_again(tmp_path: Path):
             assert process.returncode in (0, TRY_AGAIN, -signal.SIGABRT, -signal.SIGKILL), err
     for result in run_together(workdir, "mesh.data=8", PATIENCE):
         assert result.returncode == 0, result.stderr
-    recipes.assert_same_run(workdir, tmp_path / "whole")
+    whole = tmp_path / "whole"
+    assert recipes.comparable_metrics(workdir) == recipes.comparable_metrics(whole)
+    assert (workdir / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    # Arrays by their checksums: Orbax restores those of other processes only onto a mesh that it is given.
+    notes = [ocp.JsonCheckpointHandler().restore(each / "checkpoints" / "12" / RUN) for each in (workdir, whole)]
+    assert notes[0][ARRAYS] == notes[1][ARRAYS]
 
 
 @pytest.mark.long
