@@ -13,29 +13,28 @@ from latentjax.training import processes
 from latentjax.training.mesh import put_shards
 
 _TEXT_BYTES = 1024
-_ASK_EVERY_STEPS = 10
 _moments = itertools.count()
 
 
 class Wish:
-    """Something that any process may wish at a step, and that all then do at the same one."""
+    """Something that any process may wish at a step, and that all then do at the same one: to stop, or to save."""
 
-    def __init__(self, mesh: Mesh):
-        """Asks over this mesh, which all processes share."""
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, every_steps: int):
+        """Asks over this mesh, which all processes share, at every so many steps if there are several."""
+        self._mesh, self._every_steps = mesh, every_steps
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._asked: jax.Array | None = None
 
     def granted(self, step: int, wished: bool) -> bool:
-        """Returns whether some process wished it: at once where there is one, some steps late where there are several.
+        """Returns whether some process wished it: at once where there is one, `every_steps` late where there are more.
 
-        Those ask every tenth step, on their devices and behind the step under way, and read the answer ten steps later:
-        nobody waits.
+        Those ask on their devices, behind the step under way, and read the answer to the question before: that one has
+        been there since the step before ended, so nobody waits.
         """
         if jax.process_count() == 1:
             return wished
-        if step % _ASK_EVERY_STEPS:
+        if step % self._every_steps:
             return False
         own = np.full((1,), wished, np.int32)  # of each device of this process
         asked = self._any(put_shards((self._mesh.size,), self._sharding, lambda place: own))

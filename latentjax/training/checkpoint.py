@@ -28,6 +28,7 @@ STATE, RUN = "state", "run"  # the two items of a checkpoint: arrays, and JSON a
 ARRAYS = "arrays"  # in the JSON: {name: [shape, dtype, checksum]}
 
 _FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 10.0, 600.0  # behind a second failure and each that follows
+_ASK_EVERY_STEPS = 10  # several processes, whether one of them wants a checkpoint
 _LAST_WAITS = (1.0, 4.0)  # seconds before each further try of the last save: schedulers give half a minute
 
 
@@ -96,7 +97,7 @@ class Checkpoints:
         self._failures, self._retry_at = 0, 0.0
         self._last_save_at = time.monotonic()
         self.last_save_seconds = 0.0  # from the return of `save` until the checkpoint was whole
-        self._wish = Wish(jax.tree.leaves(abstract_state)[0].sharding.mesh)
+        self._wish = Wish(jax.tree.leaves(abstract_state)[0].sharding.mesh, _ASK_EVERY_STEPS)
 
     @property
     def latest_step(self) -> int | None:
@@ -220,13 +221,10 @@ class Checkpoints:
             f"again; {self._last_good()}"
         )
 
-    def restore(self, at_most: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self) -> tuple[TrainState, dict[str, Any]]:
         """Reads the newest whole checkpoint onto the mesh of the abstract state; damaged ones on the way are set aside.
 
         Nothing is set aside before a whole one is found: what makes all of them unreadable is not damage.
-
-        Args:
-          at_most: the highest step to take; None: any.
 
         Returns:
           The state, and what `save` was given as `run`.
@@ -237,8 +235,6 @@ class Checkpoints:
         self.settle()
         damaged: dict[int, str] = {}
         for step in sorted(self._steps, reverse=True):
-            if at_most is not None and step > at_most:
-                continue
             try:
                 state, notes = self._read(step)
             except _DamagedError as error:
@@ -249,12 +245,11 @@ class Checkpoints:
                 self._steps.remove(each)
                 self.note(f"checkpoint {each} is damaged ({reason}): moved to {target}; going back to step {step}")
             return state, notes
-        limit = "" if at_most is None else f" of a step up to {at_most}"
         if not damaged:
-            raise UserError(f"there is no checkpoint{limit} in {self.directory}")
+            raise UserError(f"there is no checkpoint in {self.directory}")
         newest = max(damaged)
         raise UserError(
-            f"no checkpoint{limit} in {self.directory} can be used: all {len(damaged)} are damaged, step {newest} for "
+            f"no checkpoint in {self.directory} can be used: all {len(damaged)} are damaged, step {newest} for "
             f"one ({damaged[newest]}); bring one back, or give another --workdir to begin anew"
         )
 

@@ -14,6 +14,7 @@ from latentjax.data.row import TokenRow
 from latentjax.data.skips import skips_to_json
 from latentjax.recurrence.draw import draw_jacobi_iterations
 from latentjax.training import preemption, processes, programs, run_directory
+from latentjax.training.agreement import Wish
 from latentjax.training.anomalies import Trouble
 from latentjax.training.evaluation import EVALUATION_KEYS, evaluate
 from latentjax.training.feeding import put_ahead
@@ -77,6 +78,7 @@ def _train_on(run: Run, stop: StopRequest) -> dict[str, Any] | Trouble | None:
             run.checkpoints.close()
         progress.note(run.goodput.line())
         if step < num_steps:
+            stop.note_others()
             progress.note(f"saved step {step} to {run.checkpoints.directory}; the same command continues from there")
             return None
         if not processes.is_first():
@@ -100,8 +102,8 @@ def _steps(
     state, step = run.state, run.start_step
     recorder = Recorder(run, log, progress, int(jax.device_get(state.counts.skipped_updates)))
     run.state = None  # the first step takes its memory over
-    agreement = processes.StopAgreement(run.mesh, stop)
-    while step < train.num_steps and not agreement.reached():
+    stopping = Wish(run.mesh, every_steps=1)
+    while step < train.num_steps and not stopping.granted(step, stop.requested):
         num_iterations = 0
         if run.recurrence.uses_jacobi_iterations:
             num_iterations = draw_jacobi_iterations(config.recurrence.train_jacobi_iterations, train.seed, step)
@@ -195,9 +197,8 @@ def _summary(run: Run, log: MetricsLog) -> dict[str, Any]:
         "tokens": log.last["tokens"],
         # The log has null where a number was not finite.
         **{key: math.nan if value is None else value for key, value in scores.items()},
-        # A log that an earlier version began does not tell.
-        "skipped_updates": log.last.get("skipped_updates", 0),
-        "damaged_windows": log.last.get("damaged_windows", 0),
+        "skipped_updates": log.last["skipped_updates"],
+        "damaged_windows": log.last.get("damaged_windows", 0),  # counted only with data.on_corrupt_block=skip
         "rewinds": skips_to_json(run.skips),
         "parameters": run.num_params,
         "wall_seconds": round(run.goodput.wall_seconds, 1),

@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from latentjax.errors import UserError, brief, report, shown
 from latentjax.training.last_words import Witness
-from latentjax.training.mesh import put_shards
-from latentjax.training.signals import StopRequest
 from latentjax.training.watchdog import CoordinatorBoard, Watchdog
 
 Result = TypeVar("Result")
@@ -62,7 +58,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def _initialize(launcher: str = "--coordinator", **arguments) -> None:
-    # Stopping is agreed on by `StopAgreement`; jax's own service for it would take SIGTERM away from everybody else.
+    # Stopping is agreed on by `agreement.Wish`; jax's own service for it would take SIGTERM away from everybody else.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
@@ -125,33 +121,6 @@ def watched(settings: ConfigDict) -> Iterator[Watchdog | None]:
         sys.stdout.flush()
         os._exit(status)
     watchdog.end("", 0)
-
-
-class StopAgreement:
-    """Whether to stop, asked once a step: of several processes all get the same answer at the same step."""
-
-    def __init__(self, mesh: Mesh, stop: StopRequest):
-        """Asks on behalf of `stop`, which may be told to stop in any of the processes that share the mesh."""
-        self._stop, self._mesh = stop, mesh
-        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._asked: jax.Array | None = None
-
-    def reached(self) -> bool:
-        """Returns whether some process was asked to stop; one step late where there are several.
-
-        They ask on their devices, behind the step under way, and read the answer to the question before: that one has
-        been there since the last step ended, so nobody waits.
-        """
-        if jax.process_count() == 1:
-            return self._stop.requested
-        own = np.full((1,), self._stop.requested, np.int32)  # of each device of this process
-        asked = put_shards((self._mesh.size,), self._sharding, lambda place: own)
-        before, self._asked = self._asked, self._any(asked)
-        if before is None or not int(jax.device_get(before)):
-            return False
-        self._stop.note_others()
-        return True
 
 
 def wait_for_all(moment: str) -> None:

@@ -21,10 +21,10 @@ from ml_collections import ConfigDict
 from latentjax.data.batches import train_batches
 from latentjax.data.sources import open_sources
 from latentjax.training import processes, programs
+from latentjax.training.agreement import Wish
 from latentjax.training.feeding import put_ahead
 from latentjax.training.mesh import make_mesh, rows_of_process
 from latentjax.training.optimizer import make_optimizer
-from latentjax.training.signals import StopRequest
 from latentjax.training.state import abstract_state, create_state
 
 NUM_STEPS = 20
@@ -71,10 +71,10 @@ def losses(config: ConfigDict, devices: list[jax.Device]) -> list[float]:
     rows = rows_of_process(mesh, config.data.batch_size)
     batches = train_batches(sources.train, config.data, eod_id=sources.eod_id, start_step=0, rows=rows)
     batches = put_ahead(batches, mesh, 2, NUM_STEPS, rows, config.data.batch_size)
-    found, agreement = [], processes.StopAgreement(mesh, StopRequest())
+    found, stopping = [], Wish(mesh, every_steps=1)
     # As the train loop has it; nothing is moved but what is asked for by name.
     with contextlib.closing(batches), jax.transfer_guard("disallow"):
-        while len(found) < NUM_STEPS and not agreement.reached():
+        while len(found) < NUM_STEPS and not stopping.granted(len(found), False):
             state, metrics = steps[NUM_ITERATIONS](state, next(batches))
             found.append(metrics["loss"])
     return np.asarray(jax.device_get(found), np.float64).tolist()
