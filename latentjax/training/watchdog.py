@@ -124,7 +124,7 @@ class Watchdog:
         self._own = Note(0, f"{socket.gethostname()}, process id {os.getpid()}", 0, -1)
         # One that is never heard of is lost as well.
         self._seen = {each: _Seen(Note(0, "host not known", 0, -1)) for each in range(num_processes)}
-        self._ticks_without_board = self._ticks_in_place = self._ticks_of_grace = 0
+        self._ticks_without_board = self._ticks_in_place = 0
         self._place = (0, -1)
         self._lock, self._over = threading.Lock(), threading.Event()
         for work in (self._exchange, self._watch):
@@ -216,8 +216,7 @@ class Watchdog:
                 if process == self._process or seen.note.ended == "":
                     continue
                 if seen.note.ended is not None:
-                    self._ticks_of_grace += 1
-                    if self._ticks_of_grace > _GRACE_TICKS:
+                    if seen.ticks > _GRACE_TICKS:
                         return f"process {process} ({seen.note.host}) has ended: {seen.note.ended}", seen.note.status
                 elif process in self._gone():
                     last = f"when last heard of, it was {seen.note.place()}"
