@@ -129,18 +129,23 @@ def _check_store(flags: argparse.Namespace) -> None:
         from latentjax.data.tokenizers.saved import read_tokenizer
 
         read_tokenizer(flags.tokenizer)
-    try:
-        if flags.directory is not None:
-            flags.directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(flags.directory or tempfile.gettempdir()).free // 10**6
-    except OSError as error:
-        raise UserError(f"cannot write to --directory {flags.directory}: {error.strerror}") from error
+    free = _free_megabytes(flags.directory)
     needed = 2 * flags.store_megabytes + 4 * flags.text_megabytes  # the store and its plain twin; text and its stores
     if needed > free:
         raise UserError(
             f"--store_megabytes={flags.store_megabytes} and --text_megabytes={flags.text_megabytes} take about "
             f"{needed} MB of disk, and {free} are free: lower them, or name another --directory"
         )
+
+
+def _free_megabytes(directory: Path | None) -> int:
+    """Makes the directory that was given, if any, and returns the space on its disk in MB."""
+    try:
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(directory or tempfile.gettempdir()).free // 10**6
+    except OSError as error:
+        raise UserError(f"cannot write to --directory {directory}: {error.strerror}") from error
 
 
 def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -177,10 +182,9 @@ def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _bench_checkpoint(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = _load(flags, overrides)
-    if flags.directory is not None:
-        flags.directory.mkdir(parents=True, exist_ok=True)
     _treat_memory_as_the_trainer_does()
+    config = _load(flags, overrides)
+    _free_megabytes(flags.directory)
     from latentjax.training.checkpoint_benchmark import benchmark_saving
 
     with tempfile.TemporaryDirectory(prefix="latentjax-bench-", dir=flags.directory) as name:

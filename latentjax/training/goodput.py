@@ -119,16 +119,6 @@ class Goodput:
         return f"goodput {summary['share']:.1%} of {self.wall_seconds:,.1f} s: {rest}{down}"
 
 
-def account_of(notes: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the account that a checkpoint keeps, from what was noted with it; None where nothing was.
-
-    A version that kept none noted the wall time alone: all of it is taken for steps.
-    """
-    if not notes or "goodput" in notes:
-        return notes.get("goodput")
-    return {"seconds": {STEPS: float(notes["wall_seconds"])}, "downtime": 0.0, "starts": 1, "time": float("inf")}
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     """The account in a file; None where there is none, or something else."""
     try:

@@ -7,7 +7,6 @@ from latentjax.errors import UserError
 from latentjax.training import processes
 from latentjax.training.anomalies import Trouble
 from latentjax.training.data_position import SKIPS_FILE, write_skips
-from latentjax.training.goodput import account_of
 from latentjax.training.start import Run, load_state
 
 _ADVICE = "lower optimizer.learning_rate, lengthen optimizer.warmup_ratio or lower optimizer.clip_norm"
@@ -43,7 +42,7 @@ def rewind(run: Run, trouble: Trouble) -> None:
     processes.on_first(lambda: write_skips(run.workdir, run.skips))
     run.checkpoints.delete_after(target)
     notes = load_state(run)
-    run.goodput.rewind(account_of(notes))
+    run.goodput.rewind(notes.get("goodput"))
     processes.say(
         f"step {trouble.step}: {trouble.reason}; went back to step {run.start_step}, and batches {first} to {last} are "
         f"stepped over (see {run.workdir / SKIPS_FILE})"

@@ -22,7 +22,7 @@ from latentjax.training.anomalies import Monitor
 from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.checkpoint_files import directory_of
 from latentjax.training.data_position import read_skips, remove_abandoned
-from latentjax.training.goodput import Goodput, account_of
+from latentjax.training.goodput import Goodput
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.sampling import encode_prompts
@@ -94,7 +94,6 @@ class Run:
             "goodput": self.goodput.to_json(),
             "seed": self.config.train.seed,
             "tokenizer": self.sources.tokenizer.fingerprint,
-            "wall_seconds": self.goodput.wall_seconds,
             "config": self.config.to_dict(),
             "versions": run_directory.package_versions(),
         }
@@ -186,7 +185,7 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
     if notes:
         processes.say(f"resuming after step {run.start_step} of {config.train.num_steps}")
     start_clock.note("making the state")
-    goodput.take_up(workdir, account_of(notes))
+    goodput.take_up(workdir, notes.get("goodput"))
     goodput.book("start")
     if run.start_step < config.train.num_steps:
         began = time.monotonic()

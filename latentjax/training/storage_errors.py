@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latentjax.errors import UserError
+from latentjax.errors import UserError, brief
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
 # Numbers of errors that say that a file is not as it was written. Any other (no permission, a failing disk, a network
@@ -58,7 +58,7 @@ def one_line(error: BaseException) -> str:
         text = f"{text}: {root.filename}"
     if not isinstance(root, OSError | ValueError) or not text:
         text = f"{type(root).__name__}: {text}".rstrip(": ")
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return brief(text, _LONGEST)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -41,9 +41,9 @@ def save(checkpoints: Checkpoints, step: int) -> None:
     checkpoints.save(state(step), step, {"step": step, "seed": 0.1})
 
 
-def restored(checkpoints: Checkpoints, at_most: int | None = None) -> int:
+def restored(checkpoints: Checkpoints) -> int:
     """Restores and returns the step, having checked every number."""
-    found, notes = checkpoints.restore(at_most)
+    found, notes = checkpoints.restore()
     assert notes == {"step": notes["step"], "seed": 0.1}
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state(notes["step"])), strict=True):
         np.testing.assert_array_equal(ours, theirs)

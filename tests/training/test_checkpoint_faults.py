@@ -167,15 +167,12 @@ def test_trouble_that_may_pass_is_not_damage(copy: Path, monkeypatch: pytest.Mon
 def test_going_back_within_a_run(copy: Path):
     checkpoints, _ = opened(copy, max_to_keep=3)
     save(checkpoints, 9)  # still being written when the run goes back
-    assert restored(checkpoints, at_most=8) == 7
     checkpoints.delete_after(3)
-    assert checkpoints.latest_step == 3
+    assert checkpoints.latest_step == restored(checkpoints) == 3
     assert [path.name for path in copy.iterdir()] == ["3"]
     save(checkpoints, 7)
     checkpoints.close()
     assert restored(opened(copy)[0]) == 7
-    with pytest.raises(UserError, match="there is no checkpoint of a step up to 2"):
-        opened(copy)[0].restore(at_most=2)
 
 
 def test_through_the_command_line(whole_run: Path, tmp_path: Path):

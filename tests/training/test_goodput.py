@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from latentjax.training.goodput import GOODPUT_FILE, PARTS, Goodput, account_of
+from latentjax.training.goodput import GOODPUT_FILE, PARTS, Goodput
 
 
 class Clock:
@@ -135,14 +135,6 @@ def test_a_damaged_file_costs_only_what_the_checkpoint_does_not_know(tmp_path, d
     goodput = started(clock, tmp_path, checkpoint)
     assert goodput.starts == 4 and goodput.downtime == 2 + 5
     assert goodput.wall_seconds == len(PARTS) + 10
-
-
-def test_the_wall_time_of_a_version_that_kept_no_account(tmp_path):
-    clock = Clock()
-    goodput = started(clock, tmp_path, account_of({"step": 5, "wall_seconds": 60.0}))
-    assert seconds_of(goodput) == {"start": 3, "compile": 7, "steps": 60}
-    assert (goodput.starts, goodput.downtime) == (2, 0)
-    assert account_of({}) is None and account_of({"goodput": {"a": 1}, "wall_seconds": 1.0}) == {"a": 1}
 
 
 def test_a_rewind_takes_steps_back(tmp_path):
