@@ -185,13 +185,15 @@ def test_logs_on_a_full_disk(tmp_path: Path, name: str):
     log.close()
 
 
-def test_stores_behind_urls(tmp_path: Path):
+def test_stores_behind_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = default()
     set_key(config, "checkpoint.directory", "s4://bucket/run")
     with pytest.raises(UserError, match="checkpoint.directory='s4://bucket/run' must be a path, or a URL that begins"):
         validate(config)
-    if importlib.util.find_spec("gcsfs") or importlib.util.find_spec("tensorflow"):
+    if importlib.util.find_spec("tensorflow"):
         pytest.skip("what reaches gs:// is installed")
+    (tmp_path / "gcsfs.py").write_text("raise ImportError('not installed')\n")
+    monkeypatch.setattr(recipes, "ROOT", f"{tmp_path}{os.pathsep}{recipes.ROOT}")
     result = recipes.run(tmp_path / "run", "checkpoint.directory=gs://no-such-bucket/run")
     assert result.returncode == 2
     assert "checkpoint.directory=gs://no-such-bucket/run needs the package gcsfs" in result.stderr.splitlines()[-1]
