@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,28 @@ def test_the_last_save_is_tried_more_than_once(tmp_path: Path, full_disk: list[s
         checkpoints.save_last(state(4), 4, {"step": 4, "seed": 0.1})
     checkpoints.close()
     assert restored(opened(tmp_path)[0]) == 3
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody goes on waiting for it: such a thread would keep the process from ending for minutes."""
+    checkpoints, said = opened(tmp_path)
+    save(checkpoints, 1)
+    assert checkpoints.settle()
+    before, make = set(threading.enumerate()), os.mkdir
+
+    def mkdir(path: str, *arguments, **keywords) -> None:
+        if "5.orbax" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    save(checkpoints, 5)
+    assert not checkpoints.settle()
+    assert "saving step 5" in said[0] and "(no space left on device); the last checkpoint is that of step 1" in said[0]
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5.0)
+        assert not thread.is_alive(), thread
+    checkpoints.close()
 
 
 def test_the_last_good_one_is_kept_until_the_next_is_whole(tmp_path: Path, full_disk: list[str]):
