@@ -151,6 +151,19 @@ def given_tokenizer(data: ConfigDict) -> Tokenizer:
     return read_tokenizer(data.tokenizer, data.eod_token)
 
 
+def known_tokenizer(data: ConfigDict) -> Tokenizer:
+    """Returns the tokenizer of what the `data` group names, without making or fetching anything.
+
+    Raises:
+      UserError: the store or tokenizer is not there, or there is no telling before a store is made.
+    """
+    paths = [path for path, _ in data.mixture] or [data.path]
+    local = Path(paths[0]).expanduser()
+    if paths[0] and not is_remote(paths[0]) and local.is_dir() and is_store(local):
+        return TokenStore(local).tokenizer
+    return given_tokenizer(data)
+
+
 def _make_tokenizer(data: ConfigDict, corpus: Corpus, spans: Sequence[Span], progress: Progress) -> Tokenizer:
     if data.tokenizer != TRAINED:
         return given_tokenizer(data)

@@ -10,21 +10,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from latentjax.errors import UserError, brief, shown
-from latentjax.interop.hf_config import read_json, require, specs_from_config
+from latentjax.errors import UserError, brief
+from latentjax.interop.hf_config import read_json, specs_from_config
+from latentjax.interop.hub import CONFIG, find_folder, weight_files
 from latentjax.interop.names import name_table
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.language_model import LanguageModel
-
-INDEX = "model.safetensors.index.json"
 
 
 def load_pretrained(directory: str | Path) -> tuple[LanguageModel, dict[str, Any]]:
     """Reads a GPT-NeoX or LLaMA folder, plain or with latent thoughts.
 
     Args:
-      directory: holds config.json and model.safetensors, or shards of it with their index.
+      directory: holds config.json and model.safetensors, or shards of it with their index; or an id of the hub.
 
     Returns:
       The model, computing in float32, and its float32 params: `model.apply({"params": params}, tokens_BT)` gives
@@ -33,10 +32,33 @@ def load_pretrained(directory: str | Path) -> tuple[LanguageModel, dict[str, Any
     Raises:
       UserError: a missing or broken file, a config that is not implemented, missing, extra or misshapen tensors.
     """
-    directory = Path(directory)
-    config = read_json(directory / "config.json")
-    spec, recurrence_spec = specs_from_config(config, str(directory / "config.json"))
-    return LanguageModel(spec, recurrence_spec), params_from_tensors(_read_tensors(directory), spec, str(directory))
+    folder = find_folder(directory)
+    model = read_model(folder)
+    return model, params_from_tensors(read_tensors(folder), model.spec, str(folder))
+
+
+def read_model(folder: Path) -> LanguageModel:
+    """Returns the model that a folder's config.json describes, computing in float32 with attention by XLA.
+
+    Raises:
+      UserError: it is missing or damaged, or describes what is not implemented.
+    """
+    return LanguageModel(*specs_from_config(read_json(folder / CONFIG), str(folder / CONFIG)))
+
+
+def read_params(folder: Path, spec: ModelSpec, abstract_params: Any) -> dict[str, Any]:
+    """Reads a folder's weights onto the devices.
+
+    Args:
+      abstract_params: shapes, dtypes and shardings.
+
+    Raises:
+      UserError: missing, broken or extra files or tensors.
+    """
+    params = params_from_tensors(read_tensors(folder), spec, str(folder))
+    return jax.tree.map(
+        lambda leaf, abstract: jax.device_put(leaf.astype(abstract.dtype), abstract.sharding), params, abstract_params
+    )
 
 
 def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source: str) -> dict[str, Any]:
@@ -98,13 +120,15 @@ def _parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(nn.meta.unbox(variables)["params"], sep="/").items()}
 
 
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    names = ["model.safetensors"]
-    if (directory / INDEX).exists():
-        names = _names_of_shards(directory / INDEX)
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Returns {name: float32 array} of all tensors of a folder.
+
+    Raises:
+      UserError: a file is missing or broken.
+    """
     tensors = {}
-    for name in names:
-        path = directory / name
+    for name in weight_files(folder):
+        path = folder / name
         if not path.is_file():
             raise UserError(
                 f"{path} is missing: a model folder holds config.json and safetensors (pickles are not read)"
@@ -117,17 +141,3 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
             # All but the first: tensors of a dtype that NumPy has no name for, or of more items than it can count.
             raise UserError(f"{path} is not a whole safetensors file: {brief(error)}") from error
     return tensors
-
-
-def _names_of_shards(index: Path) -> list[str]:
-    places = require(read_json(index), "weight_map", str(index))
-    names = set(places.values()) if isinstance(places, dict) and all(map(_is_text, places.values())) else {""}
-    for name in names:
-        # A name that leads out of the folder would have any file of this machine read.
-        if not name.endswith(".safetensors") or Path(name).name != name:
-            raise UserError(f"{index}: the weight map names {shown(name)}, which is no safetensors file beside it")
-    return sorted(names)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
