@@ -47,7 +47,8 @@ _HARD = (
     " ",
     "  two spaces before,   three within, and some behind  ",
     "tabs\t\tand\r\nline ends\n\n\n",
-    "na\u00efve Gr\u00fc\u00dfe, \u65e5\u672c\u8a9e, \u05e2\u05d1\u05e8\u05d9\u05ea, \U0001f642\U0001f469\u200d\U0001f680",
+    "na\u00efve Gr\u00fc\u00dfe,"
+    " \u65e5\u672c\u8a9e, \u05e2\u05d1\u05e8\u05d9\u05ea, \U0001f642\U0001f469\u200d\U0001f680",
     "e\u0301 is not \u00e9, \ufb01 is not fi, \uff21 is not A",
     "\u2581 the symbol of a space \u2581\u2581 itself",
     "\ufeffbyte order mark, \u00a0no-break, \u3000wide, \0 and \x7f",

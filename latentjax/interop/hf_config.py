@@ -85,6 +85,91 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
     )
 
 
+# The class of transformers for each architecture, and the names that our own code for it begins with.
+_CLASSES = {"gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoX"), "llama": ("LlamaForCausalLM", "Llama")}
+CODE_FILES = ("configuration_latentjax.py", "modeling_latentjax.py")  # in interop/hf
+
+
+def is_vanilla(recurrence_spec: RecurrenceSpec) -> bool:
+    """Returns whether the method is one pass over the tokens, so that transformers' own classes compute it."""
+    return recurrence_spec.method == "vanilla" or recurrence_spec.num_latent_thoughts == 0
+
+
+def config_from_specs(
+    spec: ModelSpec, recurrence_spec: RecurrenceSpec, dtype: str = "float32", eod_id: int | None = None
+) -> dict[str, Any]:
+    """Translates our settings to a Hugging Face config.json, the inverse of `specs_from_config`.
+
+    The keys for the methods are the reference's, beside `method`, which tells them apart. A config that is not vanilla
+    names the classes of `interop/hf`, whose files (CODE_FILES) have to be beside it.
+
+    Args:
+      dtype: of the tensors beside it.
+      eod_id: the token that ends documents, if there is a tokenizer.
+    """
+    own_class, stem = _CLASSES[spec.architecture]
+    config: dict[str, Any] = {
+        "architectures": [own_class],
+        "model_type": spec.architecture,
+        "method": recurrence_spec.method,
+        "torch_dtype": dtype,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "intermediate_size": spec.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "bos_token_id": eod_id,
+        "eos_token_id": eod_id,
+        # As in training; the reference's initialiser, for whoever trains on.
+        "attention_dropout": 0.0,
+        "initializer_range": (2 / (5 * spec.hidden_size)) ** 0.5,
+        "use_cache": True,
+    }
+    if spec.architecture == "gpt_neox":
+        config |= {
+            "hidden_act": "gelu",
+            "hidden_dropout": 0.0,
+            "attention_bias": True,
+            "layer_norm_eps": spec.norm_epsilon,
+            "rotary_pct": spec.rotary_fraction,
+            "rotary_emb_base": spec.rope_theta,
+            "use_parallel_residual": spec.parallel_residual,
+        }
+    else:
+        config |= {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "num_key_value_heads": spec.kv_heads,
+            "rms_norm_eps": spec.norm_epsilon,
+            "rope_theta": spec.rope_theta,
+        }
+    if is_vanilla(recurrence_spec):
+        return config | {"method": "vanilla"}
+    config |= {
+        "architectures": [f"Latentjax{stem}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_latentjax.Latentjax{stem}Config",
+            "AutoModelForCausalLM": f"modeling_latentjax.Latentjax{stem}ForCausalLM",
+        },
+        "recurrent_model": True,
+        "num_latent_thoughts": recurrence_spec.num_latent_thoughts,
+        "scale_embeds": recurrence_spec.scale_embeddings,
+        "interpolation": recurrence_spec.method == "ponder",
+    }
+    if recurrence_spec.method == "latent":
+        config |= {
+            "num_jacobi_iterations": recurrence_spec.num_jacobi_iterations,
+            "random_jacobi_iterations": False,
+            "prefill_tolerance": None,
+        }
+    elif recurrence_spec.method == "ponder":
+        config["residual_interpolated_embeds"] = True
+    return config
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a file of a model folder that holds a JSON object.
 

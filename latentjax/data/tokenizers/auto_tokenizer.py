@@ -14,13 +14,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from latentjax.data.sample_text import SAMPLE_TEXTS
-from latentjax.data.tokenizers.base import Tokenizer
+from latentjax.data.tokenizers.base import SPACE_SYMBOL, Tokenizer
 from latentjax.data.tokenizers.byte_level import ByteTokenizer
 from latentjax.data.tokenizers.definition import BYTE_LEVEL_ALPHABET
 from latentjax.data.tokenizers.huggingface import CONFIG_FILE, TOKENIZER_FILE, HuggingFaceTokenizer
 from latentjax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 
 _BYTES_END = "<|endoftext|>"  # what ends a document of bytes
+_AROUND = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
 
 
 def save_for_transformers(tokenizer: Tokenizer, directory: str | Path, max_length: int) -> bool:
@@ -36,9 +37,11 @@ def save_for_transformers(tokenizer: Tokenizer, directory: str | Path, max_lengt
       False if no tokenizer.json says what a sentencepiece model made elsewhere does: then only the model is written.
     """
     directory = Path(directory)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer, end = _bare(tokenizer), tokenizer.eod_token
     tokenizer.save(directory)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        end = tokenizer.eod_token
+        pass  # it is a tokenizer.json already
     else:
         made = _bytes_pipeline() if isinstance(tokenizer, ByteTokenizer) else _sentencepiece_pipeline(tokenizer)
         if made is None:
@@ -50,14 +53,28 @@ def save_for_transformers(tokenizer: Tokenizer, directory: str | Path, max_lengt
         "eos_token": end,
         "pad_token": end,
         "padding_side": "left",  # for generation; training sees whole windows
-        # Training puts nothing around a text, whatever the file's own post-processor does.
-        "add_bos_token": False,
-        "add_eos_token": False,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return True
+
+
+def _bare(tokenizer: HuggingFaceTokenizer) -> HuggingFaceTokenizer:
+    """The same tokenizer without control tokens around a text, which training knows nothing of, cuts and padding.
+
+    What needs no change keeps its bytes, and with them its fingerprint.
+    """
+    pipeline = json.loads(tokenizer.definition)
+    around = pipeline.get("post_processor") or {}
+    parts = around.get("processors", [around])
+    bare = [part for part in parts if part.get("type") not in _AROUND]
+    if bare == parts and not pipeline.get("truncation") and not pipeline.get("padding"):
+        return tokenizer
+    pipeline |= {"truncation": None, "padding": None}
+    pipeline["post_processor"] = {"type": "Sequence", "processors": bare} if bare else None
+    return HuggingFaceTokenizer(json.dumps(pipeline, ensure_ascii=False).encode(), tokenizer.eod_token)
 
 
 def _bytes_pipeline() -> tuple[tokenizers.Tokenizer, str]:
@@ -96,7 +113,9 @@ def _sentencepiece_pipeline(tokenizer: SentencePieceTokenizer) -> tuple[tokenize
     control = [piece.text for piece in pieces if piece.kind in ("control", "unknown")]
     pipeline.add_special_tokens(control)
     pipeline.encode_special_tokens = True  # for the comparison alone: the file does not keep it
-    if not _gives_the_same(pipeline, tokenizer, SAMPLE_TEXTS):
+    # Before a text that begins with the symbol of a space, sentencepiece leaves the dummy prefix out.
+    compared = [text for text in SAMPLE_TEXTS if not (tokenizer.has_dummy_prefix and text.startswith(SPACE_SYMBOL))]
+    if not _gives_the_same(pipeline, tokenizer, compared):
         return None
     return pipeline, pieces[tokenizer.eod_id].text
 
