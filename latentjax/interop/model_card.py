@@ -74,9 +74,10 @@ def model_card(
         notes = [
             _CACHED[method].format(rounds=recurrence_spec.num_jacobi_iterations),
             "",
-            f"**Give `trust_remote_code=True`.** The tensors are named as {spec.architecture}'s: without it transformers "
-            "loads that architecture alone, does not warn, and what it computes is not this model. The code is `modeling_latentjax.py` and `configuration_latentjax.py` in this folder; it needs torch and "
-            "transformers only. Attention is `sdpa` or `eager`.",
+            f"**Give `trust_remote_code=True`.** The tensors are named as {spec.architecture}'s: without it "
+            "transformers loads that architecture alone, does not warn, and what it computes is not this model. The "
+            "code is in `modeling_latentjax.py` and `configuration_latentjax.py`, and needs torch and transformers only. "
+            "Attention is `sdpa` or `eager`.",
             "",
         ]
     lines = [
