@@ -76,7 +76,7 @@ def model_card(
             "",
             f"**Give `trust_remote_code=True`.** The tensors are named as {spec.architecture}'s: without it "
             "transformers loads that architecture alone, does not warn, and what it computes is not this model. The "
-            "code is in `modeling_latentjax.py` and `configuration_latentjax.py`, and needs torch and transformers only. "
+            "code is in `modeling_latentjax.py` and `configuration_latentjax.py`; it needs torch and transformers alone. "
             "Attention is `sdpa` or `eager`.",
             "",
         ]
