@@ -29,15 +29,15 @@ def default() -> ConfigDict:
     config = ConfigDict()
 
     config.model = model = ConfigDict()
-    model.architecture = "gpt_neox"  # the block: gpt_neox or llama
+    model.architecture = "gpt_neox"  # the block: gpt_neox, llama or gpt2
     model.num_layers = 6  # N
     model.hidden_size = 512  # D
     model.num_heads = 8  # H; the head dimension is hidden_size / num_heads
     model.num_kv_heads = 0  # heads of keys and values (llama); 0: as many as num_heads
     model.intermediate_size = 2048  # F, width of the MLP
     model.vocab_size = 50304  # V, rows of the embedding and columns of the head; may exceed the tokenizer's
-    model.max_position_embeddings = 2048  # longest sequence in tokens; thoughts share their token's position
-    model.rotary_fraction = 0.25  # share of each head that is rotated (gpt_neox; llama rotates all: 1.0)
+    model.max_position_embeddings = 2048  # longest sequence in tokens; a token's slots share its position
+    model.rotary_fraction = 0.25  # share of each head that is rotated (gpt_neox; llama: all, 1.0; gpt2: none, 0.0)
     model.rope_theta = 10000.0  # base of the rotary wavelengths
     model.parallel_residual = True  # gpt_neox: attention and MLP read the same input
     model.norm_epsilon = 1e-5  # added to the variance in every norm

@@ -133,8 +133,10 @@ def _check_model(model: ConfigDict) -> None:
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads={model.num_heads}: change one"
         )
     kv_heads = model.num_kv_heads or model.num_heads
-    if model.architecture == "gpt_neox" and kv_heads != model.num_heads:
-        raise UserError(f"model.num_kv_heads={kv_heads}: gpt_neox has no grouped queries; set it to 0, or use llama")
+    if model.architecture != "llama" and kv_heads != model.num_heads:
+        raise UserError(
+            f"model.num_kv_heads={kv_heads}: {model.architecture} has no grouped queries; set it to 0, or use llama"
+        )
     if model.num_heads % kv_heads:
         raise UserError(
             f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={kv_heads}: change one"
@@ -147,6 +149,10 @@ def _check_model(model: ConfigDict) -> None:
         )
     if model.architecture == "llama" and model.rotary_fraction != 1.0:
         raise UserError(f"model.rotary_fraction={model.rotary_fraction}: llama rotates whole heads; set it to 1.0")
+    if model.architecture == "gpt2" and model.rotary_fraction != 0.0:
+        raise UserError(
+            f"model.rotary_fraction={model.rotary_fraction}: gpt2 learns its positions and rotates none; set it to 0.0"
+        )
 
 
 def _check_recurrence(recurrence: ConfigDict) -> None:

@@ -17,7 +17,7 @@ from latentjax.config import default, flatten, from_json, to_json, values_from_j
 from latentjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from latentjax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from latentjax.errors import UserError
-from latentjax.interop import hf_config, pretrained
+from latentjax.interop import hf_config, hub, pretrained
 from latentjax.training.metrics import MetricsLog, read_metrics
 
 CASES = Path(__file__).parent / "fixtures" / "parity"
@@ -74,7 +74,7 @@ def test_index_of_shards(amount, tmp_path, shapes_once):
     valid = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
 
     def check(content):
-        (tmp_path / pretrained.INDEX).write_bytes(content)
+        (tmp_path / hub.INDEX).write_bytes(content)
         pretrained.load_pretrained(tmp_path)
 
     check(json.dumps(valid).encode())

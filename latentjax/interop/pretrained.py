@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from latentjax.errors import UserError, brief
 from latentjax.interop.hf_config import read_json, specs_from_config
 from latentjax.interop.hub import CONFIG, find_folder, weight_files
-from latentjax.interop.names import name_table
+from latentjax.interop.names import name_table, with_prefix
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.language_model import LanguageModel
@@ -67,7 +67,7 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
     Raises:
       UserError: a tensor is missing, left over, or of another shape than the config says; `source` names the folder.
     """
-    remaining = dict(tensors)
+    remaining = with_prefix(tensors, spec)
     shapes = _parameter_shapes(spec)
     rows: dict[str, list[np.ndarray]] = {}
     stacked = set()
@@ -94,8 +94,8 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
         remaining = {
             name: array for name, array in remaining.items() if name not in ("embed_out.weight", "lm_head.weight")
         }
-    # Old GPT-NeoX and LLaMA exports carry constants that are recomputed here.
-    derived = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+    # Old exports carry constants that are recomputed here.
+    derived = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
     extra = sorted(name for name in remaining if not name.endswith(derived))
     if extra:
         raise UserError(f"{source}: tensor {extra[0]!r} is not part of this model ({len(extra)} such)")

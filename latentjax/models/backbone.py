@@ -4,24 +4,43 @@ All layers but the last are scanned, so that one is traced for all of them. The 
 outputs is thrown away, and then only its keys and values are computed for all slots.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latentjax.models import gpt_neox, llama
+from latentjax.models import gpt2, gpt_neox, llama
 from latentjax.models.cache import KeyValueCache
+from latentjax.models.embedding import PositionEmbedding
 from latentjax.models.layers import shard_activation
 from latentjax.models.remat import POLICIES, rematerialised
 from latentjax.models.rotary import rotary_angles
 from latentjax.models.slots import ALL_SLOTS, SlotRange
 from latentjax.models.spec import ModelSpec
 
-# Block and final norm of each architecture.
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a backbone is made of.
+
+    Attributes:
+      block: one layer.
+      final_norm: from the model's settings and a name.
+      learns_positions: embeddings of position ids are added to the input of every pass, thoughts included.
+    """
+
+    block: type[nn.Module]
+    final_norm: Callable[[ModelSpec, str], nn.Module]
+    learns_positions: bool = False
+
+
 ARCHITECTURES = {
-    "gpt_neox": (gpt_neox.GPTNeoXBlock, gpt_neox.final_norm),
-    "llama": (llama.LlamaBlock, llama.final_norm),
+    "gpt_neox": Architecture(gpt_neox.GPTNeoXBlock, gpt_neox.final_norm),
+    "llama": Architecture(llama.LlamaBlock, llama.final_norm),
+    "gpt2": Architecture(gpt2.GPT2Block, gpt2.final_norm, learns_positions=True),
 }
 
 
@@ -81,7 +100,10 @@ def _apply_stack(
 ) -> tuple[jax.Array, KeyValueCache | None]:
     """The layers and the norm, in the scope of `backbone`; arguments and results as in `Backbone.__call__`."""
     spec, slots_per_token = backbone.spec, backbone.slots_per_token
-    block, final_norm = ARCHITECTURES[spec.architecture]
+    architecture = ARCHITECTURES[spec.architecture]
+    block = architecture.block
+    if architecture.learns_positions:
+        x_BSD = PositionEmbedding(spec, name="position_embedding")(x_BSD, positions_BS)
     x_BSD = shard_activation(x_BSD, "batch", "slots", None)
     angles = rotary_angles(positions_BS, spec.rotary_dims, spec.rope_theta)
     num_scanned = spec.num_layers - 1
@@ -103,4 +125,4 @@ def _apply_stack(
         )(layers, (x_BSD, cache), jnp.arange(num_scanned))
     last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, slots_per_token, kept, name="last_layer")
     x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, jnp.asarray(num_scanned))
-    return final_norm(spec, "final_norm")(x_BQD), cache
+    return architecture.final_norm(spec, "final_norm")(x_BQD), cache

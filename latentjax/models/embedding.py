@@ -1,4 +1,4 @@
-"""Token embedding and language-model head."""
+"""Token embedding, learned positions and language-model head."""
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,24 @@ class Embedding(nn.Module):
     def transposed(self) -> jax.Array:
         """The (D, V) matrix of a tied head."""
         return self.embedding.T
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions (GPT-2): rows of a (P, D) float32 table, P = `max_position_embeddings`, added to every slot."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        """Returns x_BSD and the rows of its slots' position ids, int32 (B or 1, S), in the dtype of x_BSD.
+
+        A position that the table does not have gives NaN.
+        """
+        spec = self.spec
+        init = nn.with_logical_partitioning(matrix_init(spec), ("position", "embed"))
+        table_PD = self.param("embedding", init, (spec.max_position_embeddings, spec.hidden_size), jnp.float32)
+        table_PD = shard_activation(table_PD, None, None)  # whole rows, as in `Embedding`
+        return x_BSD + jnp.take(table_PD, positions_BS, axis=0).astype(x_BSD.dtype)
 
 
 class Head(nn.Module):

@@ -32,9 +32,9 @@ def initialised(architecture, num_thoughts):
 
 
 @pytest.mark.parametrize("num_thoughts", [0, 1, 3])
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
 def test_standard_deviations(architecture, num_thoughts):
-    """sqrt(2 / 5D); what writes to the residual stream / sqrt(2N) (llama) or sqrt(2N (C + 1)) (gpt_neox)."""
+    """sqrt(2 / 5D); what writes to the residual stream / sqrt(2N), or sqrt(2N (C + 1)) (gpt_neox)."""
     _, params = initialised(architecture, num_thoughts)
     divisor = (2 * NUM_LAYERS * (num_thoughts + 1 if architecture == "gpt_neox" else 1)) ** 0.5
     seen = 0
@@ -49,7 +49,7 @@ def test_standard_deviations(architecture, num_thoughts):
             assert 0.93 * 3 * std < np.abs(leaf).max() <= 3 * std * 1.0001, name
         else:
             np.testing.assert_array_equal(leaf, 1.0 if path[-1] == "scale" else 0.0, err_msg=name)
-    assert seen == {"gpt_neox": 10, "llama": 16}[architecture]  # the last layer stands alone
+    assert seen == {"gpt_neox": 10, "llama": 16, "gpt2": 10}[architecture]  # the last layer stands alone
 
 
 def test_layers_differ():

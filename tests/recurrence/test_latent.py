@@ -36,7 +36,14 @@ def decoded_logits(model, tokens_BT):
 
 @pytest.mark.parametrize(
     ("num_thoughts", "iterations", "architecture"),
-    [(0, 0, "gpt_neox"), *((c, r, "gpt_neox") for c in (1, 2, 3) for r in (0, 1, 3)), (0, 0, "llama"), (1, 3, "llama")],
+    [
+        (0, 0, "gpt_neox"),
+        *((c, r, "gpt_neox") for c in (1, 2, 3) for r in (0, 1, 3)),
+        (0, 0, "llama"),
+        (1, 3, "llama"),
+        (0, 0, "gpt2"),
+        (1, 3, "gpt2"),
+    ],
 )
 def test_causality(num_thoughts, iterations, architecture):
     """Another token t leaves every logit before t as it was and moves all from t on."""
@@ -62,8 +69,9 @@ def test_a_pass_more_makes_one_thought_more_exact(num_thoughts, iterations):
     assert error_BT[:, exact:].min() > 1e-4
 
 
-@pytest.mark.parametrize("num_thoughts", [1, 2])
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize(
+    ("num_thoughts", "architecture"), [(1, "gpt_neox"), (2, "gpt_neox"), (1, "llama"), (2, "llama"), (1, "gpt2")]
+)
 def test_converged_training_forward_is_sequential_decoding(num_thoughts, architecture):
     """R >= C T passes, and the cached decoder, solve the same equations."""
     model, tokens_BT = language_model(num_thoughts, architecture), tokens(2, 6)
