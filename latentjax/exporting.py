@@ -11,7 +11,7 @@ from latentjax import __version__
 from latentjax.data.held_out import held_out_windows, sample_windows
 from latentjax.data.tokenizers.auto_tokenizer import save_for_transformers
 from latentjax.interop import comparison
-from latentjax.interop import export as folders
+from latentjax.interop import writing as folders
 from latentjax.interop.exported_config import config_from_specs, is_vanilla
 from latentjax.interop.hf_config import read_json
 from latentjax.interop.hub import CONFIG, find_folder
