@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from latentjax.errors import UserError, brief, shown
 
+ALIASES = {"init_from": "train.init_from"}  # other names of knobs, on the command line
 # What messages call the types that values have.
 TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple"}
 
@@ -92,6 +93,7 @@ def default() -> ConfigDict:
     optimizer.clip_norm = 1.0  # global gradient norm is clipped to this; 0: not clipped
 
     config.train = train = ConfigDict()
+    train.init_from = ""  # begin with the weights of a run, a Hugging Face folder or hub id; "": with random ones
     train.num_steps = 1000  # optimizer steps of the whole run
     train.log_every_steps = 10  # steps between lines of metrics.jsonl
     train.eval_every_steps = 100  # also after the last step; 0: never
@@ -210,12 +212,13 @@ def _place(path: str, error: BaseException) -> str:
 
 
 def set_key(config: ConfigDict, key: str, text: str) -> None:
-    """Sets a dotted key from the text of a command line, as the type of its default.
+    """Sets a dotted key (or one of ALIASES) from the text of a command line, as the type of its default.
 
     Raises:
       UserError: no such key (the nearest is named), or the text is not of the key's type.
     """
     known = flatten(config)
+    key = ALIASES.get(key, key)
     if key not in known:
         names = list(known) + [name.rsplit(".", 1)[1] for name in known]
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)

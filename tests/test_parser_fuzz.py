@@ -45,7 +45,7 @@ def test_config_of_hugging_face(amount, case, tmp_path):
 @pytest.fixture
 def shapes_once(monkeypatch):
     """Traces a model once, not for every file."""
-    monkeypatch.setattr(pretrained, "_parameter_shapes", functools.cache(pretrained._parameter_shapes))
+    monkeypatch.setattr(pretrained, "_abstract_params", functools.cache(pretrained._abstract_params))
 
 
 @AMOUNTS
