@@ -115,7 +115,7 @@ def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np
 
 def _parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """{path of a parameter: its shape}, all layers but the last stacked."""
-    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False)
+    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False, -1, 0)
     variables = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return {path: leaf.shape for path, leaf in flatten_dict(nn.meta.unbox(variables)["params"], sep="/").items()}
 
