@@ -49,12 +49,14 @@ def default() -> ConfigDict:
     model.remat = "none"  # what the backward pass recomputes: a name of latentjax/models/remat.py
 
     config.recurrence = recurrence = ConfigDict()
-    recurrence.method = "latent"  # how the backbone is applied: vanilla or latent
-    recurrence.num_latent_thoughts = 1  # C, thoughts per token; 0 is a vanilla model
-    recurrence.num_jacobi_iterations = 3  # R in evaluation: refinement passes
-    recurrence.train_jacobi_iterations = (2, 3, 4)  # training draws R from these, uniformly, at every step
-    recurrence.backprop_passes = 0  # gradients flow through this many last passes; 0: through every pass
-    recurrence.scale_embeddings = True  # multiply token embeddings by the method's constant (latent: sqrt(2.5 D))
+    recurrence.method = "latent"  # how the backbone is applied: vanilla, latent, ponder, loop or pause
+    recurrence.num_latent_thoughts = 1  # C; or pauses, pondering steps, runs besides the first; 0 is a vanilla model
+    recurrence.num_jacobi_iterations = 3  # R in evaluation: refinement passes (latent)
+    recurrence.train_jacobi_iterations = (2, 3, 4)  # training draws R from these, uniformly, at every step (latent)
+    recurrence.backprop_passes = 0  # gradients flow through this many last passes (latent); 0: through every pass
+    recurrence.scale_embeddings = True  # of latent by sqrt(2.5 D), of pause and ponder by sqrt(D); loop's always are
+    recurrence.pause_token_id = -1  # the token that pause inserts; -1: the last of the vocabulary, which no text has
+    recurrence.ponder_chunk_tokens = 0  # tokens per sequence whose probabilities ponder holds at once; 0: all
 
     config.data = data = ConfigDict()
     data.path = ""  # a token store, or a raw corpus (file or directory) that becomes one at first use

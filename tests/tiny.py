@@ -52,6 +52,7 @@ def language_model(
     *,
     method: str = "latent",
     backprop_passes: int = 0,
+    ponder_chunk_tokens: int = 0,
     **changes: Any,
 ) -> LanguageModel:
     """A model with C thoughts a token; `changes` are fields of its ModelSpec."""
@@ -62,6 +63,8 @@ def language_model(
         train_jacobi_iterations=(2,),
         backprop_passes=backprop_passes,
         scale_embeddings=True,
+        pause_token_id=-1,
+        ponder_chunk_tokens=ponder_chunk_tokens,
     )
     return LanguageModel(model_spec(architecture, **changes), recurrence_spec)
 

@@ -16,9 +16,7 @@ CODE_FILES = ("configuration_latentjax.py", "modeling_latentjax.py")  # in inter
 
 def is_vanilla(recurrence_spec: RecurrenceSpec) -> bool:
     """Returns whether the method is one pass over the tokens, so that transformers' own classes compute it."""
-    return recurrence_spec.method == "vanilla" or (
-        recurrence_spec.method == "latent" and recurrence_spec.num_latent_thoughts == 0
-    )
+    return recurrence_spec.method == "vanilla" or recurrence_spec.num_latent_thoughts == 0
 
 
 def config_from_specs(
@@ -68,6 +66,8 @@ def config_from_specs(
             "random_jacobi_iterations": False,
             "prefill_tolerance": None,
         }
+    elif recurrence_spec.method == "pause":
+        config["pause_token_id"] = recurrence_spec.pause_token_id % spec.vocab_size  # -1: the last
     elif recurrence_spec.method == "ponder":
         config["residual_interpolated_embeds"] = True
     return config

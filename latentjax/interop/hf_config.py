@@ -8,6 +8,7 @@ from typing import Any
 from latentjax.errors import UserError, brief, shown
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.methods import METHODS
 
 _MOST_PARAMETERS = 10**13
 
@@ -46,7 +47,7 @@ _KEYS = {
         {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     ),
 }  # fmt: skip
-_NOWHERE = {"interpolation": False, "quantization_config": None}  # of no model type is more implemented
+_NOWHERE = {"quantization_config": None}  # of no model type is more implemented
 
 
 def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, RecurrenceSpec]:
@@ -59,18 +60,44 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
     layer = 4 * spec.hidden_size**2 + 2 * spec.hidden_size * spec.intermediate_size
     if spec.num_layers * layer + spec.vocab_size * spec.hidden_size > _MOST_PARAMETERS:
         raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters: it is damaged")
-    method = config.get("method") or ("latent" if config.get("recurrent_model") else "vanilla")
-    if method not in ("vanilla", "latent"):
-        raise UserError(f"{source}: method={shown(method)} is not implemented; vanilla and latent are")
+    return spec, _recurrence_spec(config, spec.vocab_size, source)
+
+
+def _recurrence_spec(config: dict[str, Any], vocab_size: int, source: str) -> RecurrenceSpec:
+    method = config.get("method") or _method_by_keys(config)
+    if not isinstance(method, str) or method not in METHODS:
+        choices = ", ".join(METHODS)
+        raise UserError(f"{source}: method={shown(method)} is not implemented; {choices} are")
+    interpolates = _flag(config, "interpolation", source, method == "ponder")
+    if interpolates != (method == "ponder"):
+        raise UserError(f"{source}: interpolation={interpolates} is not implemented with method={method!r}")
+    if interpolates and not _flag(config, "residual_interpolated_embeds", source, True):
+        raise UserError(f"{source}: residual_interpolated_embeds=False is not implemented; only True is")
+    pause_token_id = -1
+    if method == "pause":
+        pause_token_id = _whole(config, "pause_token_id", source, lowest=0)
+        if pause_token_id >= vocab_size:
+            raise UserError(f"{source}: pause_token_id={pause_token_id} is no token of vocab_size={vocab_size}")
     iterations = _whole(config, "num_jacobi_iterations", source, lowest=0, missing=3)
-    return spec, RecurrenceSpec(
+    return RecurrenceSpec(
         method=method,
-        num_latent_thoughts=_whole(config, "num_latent_thoughts", source, lowest=0) if method == "latent" else 0,
+        num_latent_thoughts=0 if method == "vanilla" else _whole(config, "num_latent_thoughts", source, lowest=0),
         num_jacobi_iterations=iterations,
         train_jacobi_iterations=(iterations,),
         backprop_passes=0,
         scale_embeddings=_flag(config, "scale_embeds", source, True),
+        pause_token_id=pause_token_id,
+        ponder_chunk_tokens=0,
     )
+
+
+def _method_by_keys(config: dict[str, Any]) -> str:
+    """The method of a config that does not name it, as the reference's own do not."""
+    if not config.get("recurrent_model"):
+        return "vanilla"
+    if config.get("interpolation"):
+        return "ponder"
+    return "latent" if config.get("pause_token_id") is None else "pause"
 
 
 def _model_spec(config: dict[str, Any], source: str) -> ModelSpec:

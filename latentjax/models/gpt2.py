@@ -17,7 +17,7 @@ class GPT2Block(GPTNeoXBlock):
     """One layer: GPT-NeoX's, with another activation and start, and attention and MLP one after the other.
 
     Attributes:
-      slots_per_token: C + 1; unused here: as in GPT-2 itself, the matrices that write to the residual stream start
+      forwards_per_token: C + 1; unused here: as in GPT-2 itself, the matrices that write to the residual stream start
         smaller by sqrt(2 N), whatever C is.
     """
 

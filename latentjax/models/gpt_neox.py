@@ -19,12 +19,12 @@ class GPTNeoXBlock(nn.Module):
     """One layer.
 
     Attributes:
-      slots_per_token: C + 1; the matrices that write to the residual stream start smaller by sqrt(2 N (C + 1)).
+      forwards_per_token: C + 1; the matrices that write to the residual stream start smaller by sqrt(2 N (C + 1)).
       kept: the slots whose outputs are computed; keys and values are, for all.
     """
 
     spec: ModelSpec
-    slots_per_token: int
+    forwards_per_token: int
     kept: SlotRange = ALL_SLOTS
 
     activation = staticmethod(partial(nn.gelu, approximate=False))
@@ -37,7 +37,7 @@ class GPTNeoXBlock(nn.Module):
     @property
     def residual_divisor(self) -> float:
         """sqrt(2 N (C + 1))."""
-        return (2 * self.spec.num_layers * self.slots_per_token) ** 0.5
+        return (2 * self.spec.num_layers * self.forwards_per_token) ** 0.5
 
     @nn.compact
     def __call__(

@@ -152,6 +152,13 @@ def prepare_run(
             f"the data ({sources.description}) have a vocabulary of {sources.vocab_size}, larger than "
             f"model.vocab_size={config.model.vocab_size}: raise that, or use a tokenizer with fewer pieces"
         )
+    recurrence = config.recurrence
+    pauses = recurrence.method == "pause" and recurrence.num_latent_thoughts > 0 and recurrence.pause_token_id == -1
+    if pauses and sources.vocab_size == config.model.vocab_size:
+        raise UserError(
+            f"recurrence.pause_token_id=-1 is the last of model.vocab_size={config.model.vocab_size} tokens, but the "
+            f"data ({sources.description}) have as many: raise model.vocab_size by one or more, or name a token"
+        )
     if config.train.sample_every_steps:
         train, limit = config.train, config.model.max_position_embeddings
         encode_prompts(sources.tokenizer, train.sample_prompts, train.sample_tokens, limit)

@@ -7,7 +7,7 @@ from scipy.special import erf, log_softmax, softmax
 from tiny import language_model, params_of, tokens
 
 from latentjax.models.backbone import Backbone
-from latentjax.models.embedding import Head
+from latentjax.models.embedding import Vocabulary
 
 
 def norm(x, params):
@@ -113,7 +113,7 @@ def test_head_sums_in_float32():
     spec = language_model(0, dtype="bfloat16", hidden_size=512, num_heads=2).spec
     hidden_TD = rng.standard_normal((1, 3, 512)).astype(np.float32)
     kernel_DV = rng.standard_normal((512, 29)).astype(np.float32)
-    logits = Head(spec).apply({"params": {"kernel": kernel_DV}}, hidden_TD, None)
+    logits = Vocabulary(kernel_DV.T, kernel_DV, 1.0, spec.compute_dtype).logits(hidden_TD)
     assert logits.dtype == np.float32
     rounded = [np.asarray(jax.numpy.asarray(x, "bfloat16"), np.float64) for x in (hidden_TD, kernel_DV)]
     np.testing.assert_allclose(logits, rounded[0] @ rounded[1], rtol=0, atol=1e-3)

@@ -159,15 +159,17 @@ def slots_fed(jaxpr):
 @pytest.mark.parametrize("iterations", [0, 3])
 def test_token_forwards_counts_the_slots_fed(num_thoughts, iterations):
     """C (C + 1) / 2 + (R + 1) (C + 1) per token, 1 where C = 0; decoding takes C + 1."""
-    recurrence = make_recurrence(RecurrenceSpec("latent", num_thoughts, iterations, (iterations,), 0, True))
+    recurrence = make_recurrence(RecurrenceSpec("latent", num_thoughts, iterations, (iterations,), 0, True, -1, 0))
     variables = {"params": {"scale": jnp.ones(())}}
     x_BTD, positions_BT = jnp.ones((2, 5, 4)), jnp.arange(5)[None]
 
     def forward(backbone):
-        return recurrence.forward(backbone, x_BTD, positions_BT, None, num_jacobi_iterations=iterations)
+        return recurrence.forward(
+            backbone, x_BTD, positions_BT, None, vocabulary=None, num_jacobi_iterations=iterations
+        )
 
     def decode(backbone):
-        return recurrence.decode(backbone, x_BTD[:, 0], jnp.zeros(2, jnp.int32), None, jnp.zeros(()))
+        return recurrence.decode(backbone, x_BTD[:, 0], jnp.zeros(2, jnp.int32), None, jnp.zeros(()), vocabulary=None)
 
     def count(function):
         return slots_fed(jax.make_jaxpr(nn.apply(function, MarkedBackbone()))(variables).jaxpr)
