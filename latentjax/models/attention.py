@@ -67,14 +67,14 @@ def _in_chunks(
     return _ungroup(jnp.concatenate(attended, axis=3))
 
 
-def cached_attention(q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+def cached_attention(q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array | int, segment_ids_BS: jax.Array) -> jax.Array:
     """Attention from the newest slots, whose keys and values are in the cache already, to all that it holds."""
-    keys_BLGK, values_BLGK = cache.layer(layer)
+    keys_BGLK, values_BGLK = cache.layer(layer)
     # The rows not yet written lie behind every query: causality keeps them out of sight.
     slots_S = cache.length + jnp.arange(q_BSHK.shape[1])
-    q_BGMSK = _group(q_BSHK, keys_BLGK.shape[2])
+    q_BGMSK = _group(q_BSHK, keys_BGLK.shape[1])
     segments = (segment_ids_BS, cache.segment_ids_BL)
-    return _ungroup(_attend(q_BGMSK, keys_BLGK.swapaxes(1, 2), values_BLGK.swapaxes(1, 2), slots_S, *segments))
+    return _ungroup(_attend(q_BGMSK, keys_BGLK, values_BGLK, slots_S, *segments))
 
 
 def _group(q_BQHK: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -145,7 +145,7 @@ def self_attention(
     angles: tuple[jax.Array, jax.Array],
     segment_ids_BS: jax.Array | None,
     cache: KeyValueCache | None,
-    layer: jax.Array,
+    layer: jax.Array | int,
     queried: SlotRange,
     kept: SlotRange,
 ) -> tuple[jax.Array, KeyValueCache | None]:
@@ -154,7 +154,7 @@ def self_attention(
     Args:
       q_BQHK: queries at the slots of `queried`, which is `wanted_queries(backend, kept)`.
       angles: of all S slots.
-      kept: the slots whose results are returned; all of them where there is a cache.
+      kept: the slots whose results are returned; all of them where there is a cache, but for a prefill.
 
     Returns:
       (B, slots of `kept`, H, K) and the cache with this layer's keys and values written.
@@ -163,6 +163,7 @@ def self_attention(
     k_BSGK = rotate(k_BSGK, angles)
     if cache is not None:
         cache = cache.write(layer, k_BSGK, v_BSGK)
-        return cached_attention(q_BQHK, cache, layer, segment_ids_BS), cache
+        if not cache.is_prefill:
+            return cached_attention(q_BQHK, cache, layer, segment_ids_BS), cache
     attended = BACKENDS[backend].call(q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
-    return attended if queried == kept else kept.take(attended), None
+    return attended if queried == kept else kept.take(attended), cache

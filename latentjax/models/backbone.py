@@ -1,6 +1,6 @@
 """The backbone f: the whole stack of layers and the final norm.
 
-All layers but the last are scanned, so that one is traced for all of them. The last stands alone: often a part of its
+All layers but the last are scanned, so that one is traced for all of them (unless `ModelSpec.separates`). The last stands alone: often a part of its
 outputs is thrown away, and then only its keys and values are computed for all slots.
 """
 
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
             stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5, 6, 7))
         x_BSD = x_BSD.astype(self.spec.compute_dtype)
         hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
-        return hidden_BQD, None if cache is None else cache.advance(self.spec.num_layers, num_slots)
+        return hidden_BQD, None if cache is None else cache.advance(num_slots)
 
 
 def _apply_stack(
@@ -123,7 +123,11 @@ def _apply_stack(
         x_BSD, cache = carry
         return layer_module(x_BSD, angles, segment_ids_BS, cache, layer), None
 
-    if num_scanned:
+    if spec.separates:
+        for index in range(num_scanned):
+            layer_module = block(spec, forwards_per_token, name=f"layer_{index}")
+            x_BSD, cache = layer_module(x_BSD, angles, segment_ids_BS, cache, index)
+    elif num_scanned:
         # A loop keeps XLA from merging the forward computation with its repetition in the backward pass.
         layers = rematerialised(block, spec.remat, in_loop=not spec.unrolls)(spec, forwards_per_token, name="layers")
         (x_BSD, cache), _ = nn.scan(
@@ -135,7 +139,7 @@ def _apply_stack(
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(layers, (x_BSD, cache), jnp.arange(num_scanned))
     last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, forwards_per_token, kept, name="last_layer")
-    x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, jnp.asarray(num_scanned))
+    x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, num_scanned)
     if ends:
         x_BQD = architecture.final_norm(spec, "final_norm")(x_BQD)
     return x_BQD, cache

@@ -18,7 +18,7 @@ class Vocabulary:
 
     Attributes:
       table_VD: float32 embeddings; scale: what they are multiplied by before they enter a backbone.
-      head_DV: float32 matrix of the head.
+      head_DV: float32 matrix of the head, which lies as (V, D) where `head_by_output` is true.
       dtype: the compute dtype.
     """
 
@@ -26,6 +26,7 @@ class Vocabulary:
     head_DV: jax.Array
     scale: float = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
+    head_by_output: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def size(self) -> int:
@@ -43,12 +44,12 @@ class Vocabulary:
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """The head: float32 logits (..., T, V); operands in the compute dtype, sums in float32."""
-        logits_BTV = jnp.einsum(
-            "...D,DV->...V",
-            h_BTD.astype(self.dtype),
-            self.head_DV.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        h_BTD, head_DV = h_BTD.astype(self.dtype), self.head_DV.astype(self.dtype)
+        if self.head_by_output:
+            contracted = ((1,), (h_BTD.ndim - 1,))
+            logits = jax.lax.dot_general(head_DV, h_BTD, (contracted, ((), ())), preferred_element_type=jnp.float32)
+            return jnp.moveaxis(logits, 0, -1)
+        logits_BTV = jnp.einsum("...D,DV->...V", h_BTD, head_DV, preferred_element_type=jnp.float32)
         return shard_activation(logits_BTV, *["batch", "slots"][: logits_BTV.ndim - 1], "act_vocab")
 
     def expected_embedding(self, h_BTD: jax.Array, *, chunk_tokens: int) -> jax.Array:
@@ -122,9 +123,11 @@ class Head(nn.Module):
 
     def setup(self) -> None:
         spec = self.spec
-        init = nn.with_logical_partitioning(matrix_init(spec), ("embed", "vocab"))
-        self.kernel = self.param("kernel", init, (spec.hidden_size, spec.vocab_size), jnp.float32)
+        shape, axes = (spec.hidden_size, spec.vocab_size), ("embed", "vocab")
+        if spec.separates:
+            shape, axes = shape[::-1], axes[::-1]
+        self.kernel = self.param("kernel", nn.with_logical_partitioning(matrix_init(spec), axes), shape, jnp.float32)
 
     def __call__(self) -> jax.Array:
-        """Returns the matrix, (D, V)."""
+        """Returns the matrix, (D, V), or (V, D) where `ModelSpec.separates`."""
         return self.kernel

@@ -46,7 +46,7 @@ class GPTNeoXBlock(nn.Module):
         angles: tuple[jax.Array, jax.Array],
         segment_ids_BS: jax.Array | None,
         cache: KeyValueCache | None,
-        layer: jax.Array,
+        layer: jax.Array | int,
     ) -> tuple[jax.Array, KeyValueCache | None]:
         """Returns the layer's output (B, Q, D) for the kept slots and the cache with this layer written."""
         spec, kept = self.spec, self.kept

@@ -1,5 +1,7 @@
 """Matrices and norms as the blocks use them: float32, with logical axis names and the reference's initialisation."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,8 @@ class Linear(nn.Module):
         """
         spec, num_inputs = self.spec, len(self.axes) - len(self.features)
         inputs = x.shape[-num_inputs:]
+        if spec.separates:
+            return self._by_output(x.reshape(*x.shape[: x.ndim - num_inputs], -1), part)
         init = nn.with_logical_partitioning(matrix_init(spec, self.init_divisor), self.axes)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         kernel = kernel[*[slice(None)] * num_inputs, part].astype(spec.compute_dtype)
@@ -46,6 +50,20 @@ class Linear(nn.Module):
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[num_inputs:])
             y = y + self.param("bias", init, self.features, jnp.float32)[part].astype(spec.compute_dtype)
+        return y
+
+    def _by_output(self, x: jax.Array, part: slice) -> jax.Array:
+        """The same with the matrix as (outputs, inputs), both flat; on a CPU far faster where x has few rows."""
+        spec, (first, *others) = self.spec, self.features
+        shape = (math.prod(self.features), x.shape[-1])
+        kernel = self.param("kernel", matrix_init(spec, self.init_divisor), shape, jnp.float32)
+        kernel = kernel.reshape(first, -1, x.shape[-1])[part].reshape(-1, x.shape[-1]).astype(spec.compute_dtype)
+        contracted = ((1,), (x.ndim - 1,))
+        y = jax.lax.dot_general(kernel, x.astype(spec.compute_dtype), (contracted, ((), ())))
+        y = jnp.moveaxis(y, 0, -1).reshape(*x.shape[:-1], -1, *others)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), self.features, jnp.float32)
+            y = y + bias[part].astype(spec.compute_dtype)
         return y
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from latentjax.models.loops import SEPARATE
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -46,7 +48,12 @@ class ModelSpec:
     @property
     def unrolls(self) -> bool:
         """Whether layers and passes are written out one after another in the program."""
-        return self.loops == "unrolled"
+        return self.loops in ("unrolled", SEPARATE)
+
+    @property
+    def separates(self) -> bool:
+        """Whether each layer has parameters and cache of its own, and matrices lie by output."""
+        return self.loops == SEPARATE
 
     @property
     def compute_dtype(self) -> Any:

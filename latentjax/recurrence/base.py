@@ -4,7 +4,9 @@ import abc
 import dataclasses
 
 import flax.linen as nn
+import flax.struct
 import jax
+import jax.numpy as jnp
 
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import Vocabulary
@@ -22,6 +24,24 @@ class RecurrenceSpec:
     scale_embeddings: bool
     pause_token_id: int
     ponder_chunk_tokens: int
+
+
+@flax.struct.dataclass
+class Prefilled:
+    """What comes of a prompt.
+
+    Attributes:
+      hidden_BD: what the head reads to predict the token behind the prompt.
+      cache: with all slots of the prompt.
+      residual_B: float32, how much each row's thoughts changed in the last refinement pass, relatively (RMS); 0 where
+        nothing was solved for.
+      num_passes: int32, how many refinement passes there were.
+    """
+
+    hidden_BD: jax.Array
+    cache: KeyValueCache
+    residual_B: jax.Array
+    num_passes: jax.Array
 
 
 class Recurrence(abc.ABC):
@@ -117,3 +137,42 @@ class Recurrence(abc.ABC):
         Returns:
           What the head reads to predict the next token, (B, D), and the grown cache.
         """
+
+    def prefill(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
+        tolerance: jax.Array | float,
+    ) -> Prefilled:
+        """Feeds whole prompts to an empty cache. Here: token by token, which is right for every method.
+
+        Args:
+          x_BTD: scaled token embeddings of prompts that end at T - 1; positions_BT: int32.
+          segment_ids_BT: int32; rows may begin with padding, which has a segment of its own, 0.
+          cache: empty, with room for T tokens.
+          vocabulary: as in `forward`.
+          tolerance: where thoughts are solved for together, until none of the rows' change by more than this; 0: until
+            nothing changes.
+        """
+        del tolerance
+        positions_BT = jnp.broadcast_to(positions_BT, x_BTD.shape[:2])
+
+        def feed(backbone: nn.Module, carry: tuple, token: tuple) -> tuple[tuple, None]:
+            x_BD, position_B, segment_id_B = token
+            return self.decode(backbone, x_BD, position_B, segment_id_B, carry[1], vocabulary=vocabulary), None
+
+        scanned = nn.scan(feed, variable_broadcast="params", split_rngs={"params": False}, in_axes=1)
+        start = (jnp.zeros_like(x_BTD[:, 0], backbone.spec.compute_dtype), cache)
+        (hidden_BD, cache), _ = scanned(backbone, start, (x_BTD, positions_BT, segment_ids_BT))
+        return prefilled_at_once(hidden_BD, cache)
+
+
+def prefilled_at_once(hidden_BD: jax.Array, cache: KeyValueCache) -> Prefilled:
+    """What comes of a prompt by a method that has nothing to refine."""
+    residual_B = jnp.zeros(hidden_BD.shape[:1], jnp.float32)
+    return Prefilled(hidden_BD, cache, residual_B, jnp.zeros((), jnp.int32))

@@ -1,5 +1,7 @@
 """The whole language model: embedding, a backbone applied by a recurrence, head."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from latentjax.models.backbone import Backbone
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import Embedding, Head, Vocabulary
 from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.base import Prefilled, Recurrence, RecurrenceSpec
 from latentjax.recurrence.methods import make_recurrence
 
 
@@ -85,26 +87,70 @@ class LanguageModel(nn.Module):
         table_VD, spec = self.embedding(), self.spec
         return Vocabulary(
             table_VD=table_VD,
-            head_DV=table_VD.T if spec.tie_embeddings else self.head(),
+            head_DV=self._tied_head(table_VD) if spec.tie_embeddings else self.head(),
             scale=self.recurrence.embedding_scale(spec.hidden_size),
             dtype=spec.compute_dtype,
+            head_by_output=spec.separates,
         )
+
+    def _tied_head(self, table_VD: jax.Array) -> jax.Array:
+        return table_VD if self.spec.separates else table_VD.T
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """The head: (..., T, D) to float32 (..., T, V)."""
         return self.vocabulary().logits(hidden_BTD)
 
     def decode(
-        self, token_B: jax.Array, position_B: jax.Array, cache: KeyValueCache
+        self,
+        token_B: jax.Array,
+        position_B: jax.Array,
+        cache: KeyValueCache,
+        segment_id_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValueCache]:
         """Feeds one token per sequence and returns the logits of the next, float32 (B, V), with the grown cache."""
         vocabulary = self.vocabulary()
         x_BD = vocabulary.embed(token_B[:, None])[:, 0]
-        hidden_BD, cache = self.recurrence.decode(self.backbone, x_BD, position_B, None, cache, vocabulary=vocabulary)
+        hidden_BD, cache = self.recurrence.decode(
+            self.backbone, x_BD, position_B, segment_id_B, cache, vocabulary=vocabulary
+        )
         return vocabulary.logits(hidden_BD[:, None])[:, 0], cache
+
+    def prefill(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: KeyValueCache,
+        *,
+        tolerance: jax.Array | float = 0.0,
+        token_by_token: bool = False,
+    ) -> tuple[jax.Array, Prefilled]:
+        """Feeds whole prompts to an empty cache, see `Recurrence.prefill`.
+
+        Args:
+          token_by_token: as decoding does it, whatever the method offers besides.
+
+        Returns:
+          The logits of the token behind each prompt, float32 (B, V), and what else came of it.
+        """
+        vocabulary = self.vocabulary()
+        prefill = partial(Recurrence.prefill, self.recurrence) if token_by_token else self.recurrence.prefill
+        prefilled = prefill(
+            self.backbone,
+            vocabulary.embed(tokens_BT),
+            positions_BT,
+            segment_ids_BT,
+            cache,
+            vocabulary=vocabulary,
+            tolerance=tolerance,
+        )
+        return vocabulary.logits(prefilled.hidden_BD[:, None])[:, 0], prefilled
 
     def empty_cache(self, batch_size: int, num_tokens: int) -> KeyValueCache:
         """A cache with room for `num_tokens` tokens and their thoughts."""
-        recurrence = make_recurrence(self.recurrence_spec)
-        capacity = num_tokens * recurrence.slots_per_token
-        return KeyValueCache.empty(self.spec, batch_size, capacity, recurrence.passes_per_slot)
+        passes = make_recurrence(self.recurrence_spec).passes_per_slot
+        return KeyValueCache.empty(self.spec, batch_size, self.cache_slots(num_tokens), passes)
+
+    def cache_slots(self, num_tokens: int) -> int:
+        """The capacity of a cache with room for `num_tokens` tokens."""
+        return num_tokens * make_recurrence(self.recurrence_spec).slots_per_token

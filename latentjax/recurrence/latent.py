@@ -17,7 +17,7 @@ from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
 from latentjax.models.slots import SlotRange, interleave, repeat_ids, split
-from latentjax.recurrence.base import Recurrence
+from latentjax.recurrence.base import Prefilled, Recurrence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +133,75 @@ class Latent(Recurrence):
             slot_B1D, cache = carry
             return backbone(slot_B1D, position_B[:, None], segment_ids_B1, cache), None
 
-        scanned = nn.scan(feed, variable_broadcast="params", split_rngs={"params": False}, length=self.slots_per_token)
+        scanned = nn.scan(
+            feed,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=self.slots_per_token,
+            unroll=self.slots_per_token if backbone.spec.unrolls else 1,
+        )
         (h_B1D, cache), _ = scanned(backbone, (x_BD[:, None], cache), None)
         return h_B1D[:, 0], cache
+
+    def prefill(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
+        tolerance: jax.Array | float,
+    ) -> Prefilled:
+        """Solves for all thoughts at once, then fills the cache in one pass over all slots.
+
+        As many refinement passes as the thoughts need to settle, but at most C T, which give sequential decoding.
+        """
+        num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
+
+        def apply_pass(
+            backbone: nn.Module, z_BQD: jax.Array | None, cache: KeyValueCache | None, start: int, stop: int
+        ) -> tuple[jax.Array, KeyValueCache | None]:
+            """One pass over x and the thoughts there are; its outputs at slots start .. stop - 1 of every token."""
+            thoughts = [] if z_BQD is None else split(z_BQD, z_BQD.shape[1] // num_tokens)
+            slots = 1 + len(thoughts)
+            x_BSD = shard_activation(interleave([x_BTD, *thoughts]), "batch", "slots", None)
+            ids = repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots)
+            return backbone(x_BSD, *ids, cache, kept=SlotRange(slots, start, stop))
+
+        z_BQD = None
+        for k in range(num_thoughts):
+            z_BQD, _ = apply_pass(backbone, z_BQD, None, 0, k + 1)
+        counted_BQ = repeat_ids(segment_ids_BT > 0, num_thoughts)
+
+        def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
+            _, residual_B, num_passes = carry
+            return jnp.any(residual_B > tolerance) & (num_passes < num_thoughts * num_tokens)
+
+        def refine(backbone: nn.Module, carry: tuple) -> tuple:
+            z_BQD, _, num_passes = carry
+            new_BQD, _ = apply_pass(backbone, z_BQD, None, 0, num_thoughts)
+            return new_BQD, row_residuals(new_BQD, z_BQD, counted_BQ), num_passes + 1
+
+        start = (z_BQD, jnp.full((batch_size,), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+        z_BQD, residual_B, num_passes = nn.while_loop(
+            is_unsettled, refine, backbone, start, broadcast_variables="params", split_rngs={"params": False}
+        )
+        cache = cache.replace(is_prefill=True)
+        h_BTD, cache = apply_pass(backbone, z_BQD, cache, num_thoughts, num_thoughts + 1)
+        return Prefilled(h_BTD[:, -1], cache.replace(is_prefill=False), residual_B, num_passes)
 
 
 def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
     """The RMS of the change over the RMS of the new thoughts: a float32 scalar, 0 at the fixed point."""
     new_BQD, old_BQD = (jax.lax.stop_gradient(z).astype(jnp.float32) for z in (new_BQD, old_BQD))
     return jnp.sqrt(jnp.mean(jnp.square(new_BQD - old_BQD)) / jnp.mean(jnp.square(new_BQD)))
+
+
+def row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ: jax.Array) -> jax.Array:
+    """As `thought_residual`, of each row, over the slots that count: float32 (B,)."""
+    weight_BQ1 = counted_BQ.astype(jnp.float32)[..., None]
+    new_BQD, old_BQD = new_BQD.astype(jnp.float32), old_BQD.astype(jnp.float32)
+    change_B, size_B = (jnp.sum(jnp.square(z) * weight_BQ1, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
+    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))

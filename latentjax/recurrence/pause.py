@@ -16,7 +16,7 @@ from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
 from latentjax.models.slots import SlotRange, interleave, repeat_ids
-from latentjax.recurrence.base import Recurrence
+from latentjax.recurrence.base import Prefilled, Recurrence, prefilled_at_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,7 @@ class Pause(Recurrence):
         num_jacobi_iterations: int,
     ) -> tuple[jax.Array, None]:
         """One pass, of which the last pauses are read."""
-        slots = self.slots_per_token
-        pause_BTD = jnp.broadcast_to(vocabulary.embedding_of(self.token_id), x_BTD.shape)
-        x_BSD = shard_activation(interleave([x_BTD, *[pause_BTD] * self.num_pauses]), "batch", "slots", None)
-        ids = repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots)
-        hidden_BTD, _ = backbone(x_BSD, *ids, kept=SlotRange(slots, slots - 1, slots))
-        return hidden_BTD, None
+        return self._pass(backbone, x_BTD, positions_BT, segment_ids_BT, None, vocabulary)[0], None
 
     def decode(
         self,
@@ -88,3 +83,35 @@ class Pause(Recurrence):
         ids = repeat_ids(position_B[:, None], slots), repeat_ids(segment_ids_B1, slots)
         hidden_BSD, cache = backbone(jnp.concatenate([x_BD[:, None], pause_BSD], axis=1), *ids, cache)
         return hidden_BSD[:, -1], cache
+
+    def prefill(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
+        tolerance: jax.Array | float,
+    ) -> Prefilled:
+        """One pass."""
+        cache = cache.replace(is_prefill=True)
+        hidden_BTD, cache = self._pass(backbone, x_BTD, positions_BT, segment_ids_BT, cache, vocabulary)
+        return prefilled_at_once(hidden_BTD[:, -1], cache.replace(is_prefill=False))
+
+    def _pass(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KeyValueCache | None,
+        vocabulary: Vocabulary,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """All slots of all tokens, with a cache to fill or without; hidden states (B, T, D) at the last pauses."""
+        slots = self.slots_per_token
+        pause_BTD = jnp.broadcast_to(vocabulary.embedding_of(self.token_id), x_BTD.shape)
+        x_BSD = shard_activation(interleave([x_BTD, *[pause_BTD] * self.num_pauses]), "batch", "slots", None)
+        ids = repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots)
+        return backbone(x_BSD, *ids, cache, kept=SlotRange(slots, slots - 1, slots))

@@ -14,7 +14,7 @@ import jax
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
-from latentjax.recurrence.base import Recurrence
+from latentjax.recurrence.base import Prefilled, Recurrence, prefilled_at_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,22 @@ class Ponder(Recurrence):
         segment_ids_B1 = None if segment_id_B is None else segment_id_B[:, None]
         hidden_B1D, cache = self._run(backbone, x_BD[:, None], position_B[:, None], segment_ids_B1, cache, vocabulary)
         return hidden_B1D[:, 0], cache
+
+    def prefill(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
+        tolerance: jax.Array | float,
+    ) -> Prefilled:
+        """All tokens at once, N + 1 times."""
+        cache = cache.replace(is_prefill=True)
+        hidden_BTD, cache = self._run(backbone, x_BTD, positions_BT, segment_ids_BT, cache, vocabulary)
+        return prefilled_at_once(hidden_BTD[:, -1], cache.replace(is_prefill=False))
 
     def _run(
         self,
