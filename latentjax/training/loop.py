@@ -25,14 +25,18 @@ from latentjax.training.recorder import Recorder
 from latentjax.training.rewinding import rewind
 from latentjax.training.sampling import sample_text
 from latentjax.training.signals import StopRequest
-from latentjax.training.start import Run, prepare_run
+from latentjax.training.start import ReadParams, Run, prepare_run
 from latentjax.training.state import TrainState
 from latentjax.training.storage_errors import writing
 from latentjax.training.watchdog import Watchdog
 
 
 def train(
-    config: ConfigDict, workdir: Path, stop: StopRequest, watchdog: Watchdog | None = None
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequest,
+    watchdog: Watchdog | None = None,
+    initial_params: ReadParams | None = None,
 ) -> dict[str, Any] | None:
     """Trains to `train.num_steps`, resuming where the run in `workdir` is.
 
@@ -40,6 +44,8 @@ def train(
       config: validated (`latentjax.validation`).
       stop: entered for the steps and asked after each; when it says so the state is saved and None returned.
       watchdog: is told where the loop is, so that others see whether it hangs; None where there are no others.
+      initial_params: gives the parameters that a run begins with; None: random ones. A run that goes on has no use for
+        it.
 
     Returns:
       The summary that the first process has written to summary.json ({} in the others), or None if it was stopped.
@@ -48,7 +54,7 @@ def train(
       UserError: anything about data, mesh or directory that the user can mend.
     """
     with contextlib.ExitStack() as resources:
-        run = prepare_run(config, workdir, resources)
+        run = prepare_run(config, workdir, resources, initial_params)
         if watchdog is not None:
             run.at = watchdog.at
         # Until here nothing would be lost: signals did what they always do.

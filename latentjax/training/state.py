@@ -60,12 +60,36 @@ def _create(model: LanguageModel, optimizer: optax.GradientTransformation, seed:
 
 def abstract_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on this mesh, without any memory taken."""
-    boxed = jax.eval_shape(lambda: _create(model, optimizer, 0))
+    return _with_shardings(jax.eval_shape(lambda: _create(model, optimizer, 0)), mesh)
+
+
+def _with_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
         shardings_of(boxed, mesh),
     )
+
+
+def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters on this mesh, without any memory taken."""
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    return _with_shardings(boxed, mesh)
+
+
+def state_from_params(params: Any, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The state of a run that begins with these parameters, whose memory it takes over.
+
+    Args:
+      abstract: of `abstract_state`; the parameters lie as it says.
+    """
+
+    def create(params: Any) -> TrainState:
+        opt_state = optimizer.init(params)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, counts=no_counts())
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params)
 
 
 def create_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
