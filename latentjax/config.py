@@ -275,14 +275,22 @@ def values_from_json(text: str, source: str) -> dict[str, Any]:
     return {key: _as_tuples(value) for key, value in values.items()}
 
 
-def from_json(text: str, source: str) -> ConfigDict:
+def from_json(text: str, source: str, *, of_any_version: bool = False) -> ConfigDict:
     """Reads what `to_json` wrote; `source` names the file in errors.
+
+    Args:
+      of_any_version: take the default of a knob that the text does not have, and pass over what is no knob (any more)
+        outside the groups that say what the model is.
 
     Raises:
       UserError: the text is not a config, or not one of this version: it has a key more or less, or another type.
     """
     values, config = values_from_json(text, source), default()
     missing = flatten(config).keys() - values.keys()
+    if of_any_version and "model.architecture" in values:
+        missing = set()
+        known = flatten(config)
+        values = {key: value for key, value in values.items() if key in known or key.startswith(("model.", "recurr"))}
     if missing:
         raise UserError(f"{source} is not a latentjax config: {min(missing)!r} is missing")
     try:

@@ -17,7 +17,7 @@ from latentjax.config import default, flatten, from_json, to_json, values_from_j
 from latentjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from latentjax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from latentjax.errors import UserError
-from latentjax.interop import pretrained
+from latentjax.interop import hf_config, pretrained
 from latentjax.training.metrics import MetricsLog, read_metrics
 
 CASES = Path(__file__).parent / "fixtures" / "parity"
@@ -28,11 +28,11 @@ FOLDER = CASES / "gpt_neox-latent-c1-r3"
 @pytest.mark.parametrize("case", ["gpt_neox-latent-c1-r3", "llama-vanilla-gqa"])
 def test_config_of_hugging_face(amount, case, tmp_path):
     valid = json.loads((CASES / case / "config.json").read_text())
-    pretrained.specs_from_config(valid, "config.json")
+    hf_config.specs_from_config(valid, "config.json")
 
     def check(content):
         (tmp_path / "config.json").write_bytes(content)
-        spec, recurrence = pretrained.specs_from_config(pretrained._read_json(tmp_path / "config.json"), "config.json")
+        spec, recurrence = hf_config.specs_from_config(hf_config.read_json(tmp_path / "config.json"), "config.json")
         sizes = (spec.num_layers, spec.num_heads, spec.intermediate_size, spec.vocab_size, spec.head_dim, spec.kv_heads)
         assert all(type(size) is int and 0 < size < 2**31 for size in sizes)
         assert spec.hidden_size == spec.num_heads * spec.head_dim and spec.num_heads % spec.kv_heads == 0

@@ -65,9 +65,29 @@ def resolve_store(path: str, data: ConfigDict, progress: bool) -> TokenStore:
         if not local.exists() and not set(path) & set("*?["):
             raise UserError(f"data.path: there is nothing at {path}; `{advice} {path}` makes a token store there")
     corpus = open_corpus(path, data)
-    place = cache / f"{Path(corpus.path).stem or 'corpus'}-{recipe_of(data, corpus)[:16]}"
+    place = _place_of(corpus, data)
     build_store(data, corpus, OutputDirectory(str(place)), local_tasks(os.cpu_count() or 1), reports)
     return TokenStore(place)
+
+
+def existing_store(path: str, data: ConfigDict) -> TokenStore | None:
+    """Returns what `resolve_store` would, if it is on this machine already: nothing is made or fetched.
+
+    Raises:
+      UserError: as `resolve_store`.
+    """
+    if is_remote(path) or path.startswith("tfds:"):
+        return None
+    local = Path(path).expanduser()
+    if not (local.is_dir() and is_store(local)):
+        local = _place_of(open_corpus(path, data), data)
+    return TokenStore(local) if local.is_dir() and is_store(local) else None
+
+
+def _place_of(corpus: Corpus, data: ConfigDict) -> Path:
+    """Where the store of a raw corpus is kept."""
+    cache = Path(data.store_cache).expanduser()
+    return cache / f"{Path(corpus.path).stem or 'corpus'}-{recipe_of(data, corpus)[:16]}"
 
 
 def open_corpus(path: str, data: ConfigDict) -> Corpus:
@@ -149,6 +169,19 @@ def given_tokenizer(data: ConfigDict) -> Tokenizer:
             "the tokenizer that it was made with (tokenizer.json, tokenizer.model or a directory that holds one)"
         )
     return read_tokenizer(data.tokenizer, data.eod_token)
+
+
+def known_tokenizer(data: ConfigDict) -> Tokenizer:
+    """Returns the tokenizer of what the `data` group names, without making or fetching anything.
+
+    Raises:
+      UserError: the store or tokenizer is not there, or there is no telling before a store is made.
+    """
+    paths = [path for path, _ in data.mixture] or [data.path]
+    local = Path(paths[0]).expanduser()
+    if paths[0] and not is_remote(paths[0]) and local.is_dir() and is_store(local):
+        return TokenStore(local).tokenizer
+    return given_tokenizer(data)
 
 
 def _make_tokenizer(data: ConfigDict, corpus: Corpus, spans: Sequence[Span], progress: Progress) -> Tokenizer:

@@ -18,22 +18,17 @@ from ml_collections import ConfigDict
 
 from latentjax.errors import UserError
 from latentjax.training import checkpoint_files as files
+from latentjax.training import checkpoint_reading as reading
 from latentjax.training import processes, programs
 from latentjax.training.agreement import Wish, gather_texts, numbers_of_first
+from latentjax.training.checkpoint_reading import ARRAYS, RUN, STATE
 from latentjax.training.checksums import StateChecksums
 from latentjax.training.state import TrainState
-from latentjax.training.storage_errors import ignore_leftovers, is_damage, is_full, one_line
-
-STATE, RUN = "state", "run"  # the two items of a checkpoint: arrays, and JSON about the run and the arrays
-ARRAYS = "arrays"  # in the JSON: {name: [shape, dtype, checksum]}
+from latentjax.training.storage_errors import ignore_leftovers, one_line
 
 _FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 10.0, 600.0  # behind a second failure and each that follows
 _ASK_EVERY_STEPS = 10  # several processes, whether one of them wants a checkpoint
 _LAST_WAITS = (1.0, 4.0)  # seconds before each further try of the last save: schedulers give half a minute
-
-
-class _DamagedError(Exception):
-    """A checkpoint is not what was written; the message says how that shows."""
 
 
 class _Save:
@@ -113,8 +108,8 @@ class Checkpoints:
     def notes(self, step: int) -> dict[str, Any] | None:
         """What `save` was given as `run` for a step, read without its arrays; None if it is damaged."""
         try:
-            return _without_seal(self._read_notes(step))
-        except _DamagedError:
+            return reading.without_seal(self._read_notes(step))
+        except reading.DamagedError:
             return None
 
     def due(self, step: int) -> bool:
@@ -237,7 +232,7 @@ class Checkpoints:
         for step in sorted(self._steps, reverse=True):
             try:
                 state, notes = self._read(step)
-            except _DamagedError as error:
+            except reading.DamagedError as error:
                 damaged[step] = str(error)
                 continue
             for each, reason in damaged.items():
@@ -269,7 +264,7 @@ class Checkpoints:
         """Reads one checkpoint and checks all of it; all processes come to the same end.
 
         Raises:
-          _DamagedError: it is not what was written.
+          reading.DamagedError: it is not what was written.
           UserError: it is another model's, or cannot be read for now.
         """
         state, notes, outcome = None, {}, "whole"
@@ -277,40 +272,22 @@ class Checkpoints:
             with programs.memory_errors("restoring a checkpoint"):
                 notes = self._read_notes(step)
                 state = self._read_state(step)
-        except _DamagedError as error:
+        except reading.DamagedError as error:
             outcome = f"damaged {error}"
         except UserError as error:
             outcome = f"mistake {error}"
         outcomes = gather_texts(outcome)
-        for kind, raised in (("mistake ", UserError), ("damaged ", _DamagedError)):
+        for kind, raised in (("mistake ", UserError), ("damaged ", reading.DamagedError)):
             for text in outcomes:
                 if text.startswith(kind):
                     raise raised(text.removeprefix(kind))
-        found = self._checksums.describe(self._checksums.start(state))
-        differing = [name for name, entry in found.items() if entry != notes[ARRAYS][name]]
-        if differing:
-            more = f" and of {len(differing) - 1} more arrays" if len(differing) > 1 else ""
-            raise _DamagedError(f"the checksum of {differing[0]}{more} is another than when it was saved")
-        return state, _without_seal(notes)
+        reading.check_sums(notes, self._checksums.describe(self._checksums.start(state)))
+        return state, reading.without_seal(notes)
 
     def _read_notes(self, step: int) -> dict[str, Any]:
         """Reads and checks the JSON of a checkpoint, and that it tells of a state like ours."""
-        try:
-            notes = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / RUN)
-        except Exception as error:
-            raise self._error_of(step, error, f"its item {RUN!r} cannot be read") from error
-        if not files.is_sealed(notes):
-            raise _DamagedError(f"its item {RUN!r} is not what was written")
-        if notes["step"] != step:
-            raise _DamagedError(f"it is that of step {notes['step']}")
-        there, here = notes[ARRAYS], self._checksums.describe()
-        for name in [*here, *(name for name in there if name not in here)]:
-            one, other = (_kind(tree[name]) if name in tree else "absent" for tree in (there, here))
-            if one != other:
-                raise UserError(
-                    f"checkpoint {step} in {self.directory} holds another model's state: {name} is {one} there and "
-                    f"{other} here: give another --workdir, or the config that made it"
-                )
+        notes = reading.read_notes(self.directory, step)
+        reading.check_arrays(notes, self._checksums.describe(), f"checkpoint {step} in {self.directory}")
         return notes
 
     def _read_state(self, step: int) -> TrainState:
@@ -321,32 +298,9 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # of the devices, not of the files
         except Exception as error:
-            raise self._error_of(step, error, f"its item {STATE!r} cannot be read") from error
-
-    def _error_of(self, step: int, error: Exception, what: str) -> Exception:
-        """What an error in reading a checkpoint means: damage, or trouble on the way to it."""
-        if isinstance(error, MemoryError):
-            return error
-        if is_damage(error):
-            return _DamagedError(f"{what}: {one_line(error)}")
-        where = "disk full" if is_full(error) else one_line(error)
-        return UserError(
-            f"checkpoint {step} in {self.directory} cannot be read for now ({where}): nothing was changed; give the "
-            "same command again when the storage answers"
-        )
+            raise reading.reading_error(self.directory, step, error, f"its item {STATE!r} cannot be read") from error
 
     def close(self) -> None:
         """Waits for a save under way."""
         self.settle()
         self._checkpointer.close()
-
-
-def _without_seal(notes: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of a checkpoint without what only its check needs."""
-    return {key: value for key, value in notes.items() if key not in (ARRAYS, "sha256")}
-
-
-def _kind(entry: list[Any]) -> str:
-    """Dtype and shape of an entry of the JSON, as jax writes them."""
-    shape, dtype, *_ = entry
-    return f"{dtype}[{','.join(map(str, shape))}]"

@@ -62,17 +62,37 @@ def check_divisible(config: ConfigDict, shape: Sequence[int]) -> None:
     """
     size = dict(zip(AXES, shape, strict=True))
     rows = math.prod(size[axis] for axis in BATCH_AXES)
-    model, microbatches = config.model, config.train.gradient_accumulation_steps
     demands = [
-        ("data.batch_size / train.gradient_accumulation_steps", config.data.batch_size // microbatches, rows,
+        ("data.batch_size / train.gradient_accumulation_steps",
+         config.data.batch_size // config.train.gradient_accumulation_steps, rows,
          "mesh.replica * mesh.data * mesh.fsdp"),
         ("data.sequence_length", config.data.sequence_length, size["sequence"], "mesh.sequence"),
+    ]  # fmt: skip
+    _check_demands(demands)
+    check_model_divisible(config.model, shape)
+
+
+def check_model_divisible(model: Any, shape: Sequence[int]) -> None:
+    """Checks that the sizes of a model divide evenly over a mesh of this shape.
+
+    Args:
+      model: the `model` group of a config, or a ModelSpec.
+
+    Raises:
+      UserError: names the size that does not divide and the mesh axis it is split over.
+    """
+    size = dict(zip(AXES, shape, strict=True))
+    demands = [
         ("model.hidden_size", model.hidden_size, size["fsdp"], "mesh.fsdp"),
         ("model.num_heads", model.num_heads, size["tensor"], "mesh.tensor"),
         ("model.num_kv_heads", model.num_kv_heads or model.num_heads, size["tensor"], "mesh.tensor"),
         ("model.intermediate_size", model.intermediate_size, size["tensor"], "mesh.tensor"),
         ("model.vocab_size", model.vocab_size, size["tensor"], "mesh.tensor"),
-    ]  # fmt: skip
+    ]
+    _check_demands(demands)
+
+
+def _check_demands(demands: Sequence[tuple[str, int, int, str]]) -> None:
     for name, number, divisor, axes in demands:
         if number % divisor:
             mend = "change one of them"
@@ -92,8 +112,17 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
     Raises:
       UserError: the sizes do not fit the devices or their slices, or the model and batch do not fit the sizes.
     """
-    shape = mesh_shape(config.mesh, len(devices))
-    check_divisible(config, shape)
+    check_divisible(config, mesh_shape(config.mesh, len(devices)))
+    return arrange_mesh(config.mesh, devices)
+
+
+def arrange_mesh(sizes: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+    """As `make_mesh`, of the `mesh` group of a config alone; what it is for is not checked.
+
+    Raises:
+      UserError: the sizes do not fit the devices or their slices.
+    """
+    shape = mesh_shape(sizes, len(devices))
     slices = _slices(devices)
     check_slices(shape, [len(each) for each in slices])
     replicas, *rest = shape

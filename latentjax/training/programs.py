@@ -76,21 +76,30 @@ def make_model(config: ConfigDict, mesh: Mesh) -> LanguageModel:
     Raises:
       UserError: a backend was asked for that cannot serve there.
     """
-    device, spec = mesh.devices.flat[0], ModelSpec(**config.model)
+    spec = resolved(ModelSpec(**config.model), mesh, config.data.mask_documents)
+    return LanguageModel(spec, RecurrenceSpec(**config.recurrence))
+
+
+def resolved(spec: ModelSpec, mesh: Mesh, mask_documents: bool) -> ModelSpec:
+    """A model's settings with the attention backend and loops that suit the mesh's devices.
+
+    Raises:
+      UserError: a backend was asked for that cannot serve there.
+    """
+    device = mesh.devices.flat[0]
     request = AttentionRequest(
         platform=device.platform,
-        mask_documents=config.data.mask_documents,
+        mask_documents=mask_documents,
         head_dim=spec.head_dim,
         dtype=spec.dtype,
         sequence_shards=mesh.shape["sequence"],
         compute_capability=compute_capability(device),
     )
-    spec = dataclasses.replace(
+    return dataclasses.replace(
         spec,
         attention=choose_backend(spec.attention, request),
         loops=choose_loops(spec.loops, device.platform, spec.num_layers),
     )
-    return LanguageModel(spec, RecurrenceSpec(**config.recurrence))
 
 
 def lower_train_step(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import socket
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,8 +14,11 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from latentjax import config as config_lib
+from latentjax.data.tokenizers.base import Tokenizer
+from latentjax.data.tokenizers.saved import load_tokenizer
 from latentjax.errors import UserError, brief
 
+TOKENIZER = "tokenizer"  # where a run keeps its tokenizer: the store that it was made with may be gone one day
 PACKAGES = ("latentjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # A run keeps these: with another value its checkpoint would not fit, or would mean something else.
@@ -91,6 +95,27 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {brief(error)}; give another --workdir") from error
+
+
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Puts the tokenizer's files into the directory, if they are not there.
+
+    Raises:
+      UserError: they cannot be written.
+    """
+    place, partial = workdir / TOKENIZER, workdir / f"{TOKENIZER}.partial"
+    try:
+        if place.exists() and load_tokenizer(place).fingerprint == tokenizer.fingerprint:
+            return
+    except UserError:
+        pass  # damaged: written anew
+    try:
+        for old in (partial, place):
+            shutil.rmtree(old, ignore_errors=True)
+        tokenizer.save(partial)
+        partial.replace(place)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

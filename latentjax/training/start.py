@@ -182,6 +182,7 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
     )
     remove_abandoned(checkpoints, run.skips)
     notes = load_state(run)
+    processes.on_first(lambda: run_directory.keep_tokenizer(workdir, sources.tokenizer))
     if notes:
         processes.say(f"resuming after step {run.start_step} of {config.train.num_steps}")
     start_clock.note("making the state")

@@ -60,12 +60,21 @@ def _create(model: LanguageModel, optimizer: optax.GradientTransformation, seed:
 
 def abstract_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on this mesh, without any memory taken."""
-    boxed = jax.eval_shape(lambda: _create(model, optimizer, 0))
+    return _with_shardings(jax.eval_shape(lambda: _create(model, optimizer, 0)), mesh)
+
+
+def _with_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
         shardings_of(boxed, mesh),
     )
+
+
+def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters on this mesh, without any memory taken."""
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    return _with_shardings(boxed, mesh)
 
 
 def create_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:

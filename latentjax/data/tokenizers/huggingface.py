@@ -46,7 +46,7 @@ class HuggingFaceTokenizer:
         Raises:
           UserError: not a tokenizer.json, no such token, or one that does not spell text exactly.
         """
-        self._definition, self.eod_token = definition, eod_token
+        self.definition, self.eod_token = definition, eod_token
         read = read_definition(definition, eod_token, source)
         try:
             self._encoder = tokenizers.Tokenizer.from_str(read.pipeline)
@@ -101,7 +101,7 @@ class HuggingFaceTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._definition + b"end of document %d" % self.eod_id).hexdigest()
+        return hashlib.sha256(self.definition + b"end of document %d" % self.eod_id).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._encode_exactly(text, False)
@@ -164,7 +164,7 @@ class HuggingFaceTokenizer:
         """Writes the tokenizer so that `transformers`' AutoTokenizer loads it from the directory, too."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / TOKENIZER_FILE).write_bytes(self._definition)
+        (directory / TOKENIZER_FILE).write_bytes(self.definition)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eod_token,
@@ -174,7 +174,7 @@ class HuggingFaceTokenizer:
         save_description(directory, self, eod_token=self.eod_token)
 
     def __reduce__(self):
-        return type(self), (self._definition, self.eod_token)
+        return type(self), (self.definition, self.eod_token)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,21 @@ MODEL_FILE = "tokenizer.model"
 # A message of a serialised model that comes twice is merged, and the later value holds. This one is
 # normalizer_spec { add_dummy_prefix: false }, so a model with it behind is the same model without a dummy prefix.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of a vocabulary.
+
+    Attributes:
+      text: with real spaces.
+      score: of two pieces that could be joined, the one of the higher score is.
+      kind: normal, unknown, control, byte or unused.
+    """
+
+    text: str
+    score: float
+    kind: str
 
 
 class SentencePieceTokenizer:
@@ -46,8 +62,8 @@ class SentencePieceTokenizer:
             raise UserError(f"{source} is not a sentencepiece model: {brief(error)}") from error
         # A model with a dummy prefix puts a space before every text; decoding takes it away again.
         first = self._processor.encode("a")
-        self._has_dummy_prefix = bool(first) and self._bytes_of_id[first[0]].startswith(b" ")
-        self._continuing = _load(model + _NO_DUMMY_PREFIX, source) if self._has_dummy_prefix else self._processor
+        self.has_dummy_prefix = bool(first) and self._bytes_of_id[first[0]].startswith(b" ")
+        self._continuing = _load(model + _NO_DUMMY_PREFIX, source) if self.has_dummy_prefix else self._processor
         byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         self._space_symbol_ids = byte_ids if all(map(self._processor.is_byte, byte_ids)) else None
 
@@ -74,6 +90,24 @@ class SentencePieceTokenizer:
         if self._processor.is_unknown(index):
             return "\ufffd".encode()
         return piece.replace(SPACE_SYMBOL, " ").encode()
+
+    def pieces(self) -> list[Piece]:
+        """Returns the vocabulary, by id."""
+        processor = self._processor
+        tests = {
+            "unknown": processor.is_unknown,
+            "control": processor.is_control,
+            "byte": processor.is_byte,
+            "unused": processor.is_unused,
+        }
+        return [
+            Piece(
+                processor.id_to_piece(index).replace(SPACE_SYMBOL, " "),
+                processor.get_score(index),
+                next((kind for kind, holds in tests.items() if holds(index)), "normal"),
+            )
+            for index in range(self.vocab_size)
+        ]
 
     @cached_property
     def bytes_per_id(self) -> np.ndarray:
@@ -104,7 +138,7 @@ class SentencePieceTokenizer:
     def decode_bytes(self, ids: Sequence[int] | np.ndarray, continued: bool = False) -> bytes:
         known = (index for index in np.asarray(ids).tolist() if 0 <= index < self.vocab_size)
         spelled = b"".join(self._bytes_of_id[index] for index in known)
-        return spelled[1:] if self._has_dummy_prefix and not continued and spelled.startswith(b" ") else spelled
+        return spelled[1:] if self.has_dummy_prefix and not continued and spelled.startswith(b" ") else spelled
 
     def decode(self, ids: Sequence[int] | np.ndarray, continued: bool = False) -> str:
         return self.decode_bytes(ids, continued).decode(errors="replace")
