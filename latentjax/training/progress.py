@@ -1,9 +1,39 @@
 """Showing how a run goes: a bar on a terminal, plain lines elsewhere. On stderr."""
 
+import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextlib.contextmanager
+def counting(label: str, total: int, shows: bool = True, stream: TextIO | None = None) -> Iterator[Callable]:
+    """Shows how far something is: `total` of them are to be done; what is yielded is called with each number done."""
+    stream = stream or sys.stderr
+    if shows and stream.isatty():
+        with tqdm(total=total, desc=label, file=stream, dynamic_ncols=True) as bar:
+            yield bar.update
+        return
+    began = said = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal said, done
+        done += count
+        now = time.monotonic()
+        if shows and done < total and now - said >= _SECONDS_BETWEEN_LINES:
+            said = now
+            left = _duration((now - began) / max(done, 1) * (total - done))
+            print(f"{label}: {done:,} of {total:,}, {left} left", file=stream, flush=True)
+
+    yield advance
+    if shows and total:
+        print(f"{label}: {total:,} in {time.monotonic() - began:.1f} s", file=stream, flush=True)
 
 
 class TrainProgress:

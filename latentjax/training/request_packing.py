@@ -20,7 +20,7 @@ _SHORTEST_PREFIX = 4
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A token to be scored: what follows the input token at `place` (in the input) is `token`, for request `request`."""
+    """A token to be scored, for request `request`: `token` is what follows the input token at `place` of the input."""
 
     place: int
     token: int

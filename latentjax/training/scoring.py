@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from latentjax.errors import UserError
 from latentjax.models.attention import SHARED_PREFIX
 from latentjax.recurrence.language_model import LanguageModel
+from latentjax.training.completion import complete
 from latentjax.training.mesh import BATCH_AXES, batch_sharding, put_shards, replicated
 from latentjax.training.programs import compile_lowered, memory_errors, sharded_tracing
 from latentjax.training.request_packing import (
@@ -81,6 +82,7 @@ class Scorer:
         spec = dataclasses.replace(
             model.spec, attention=SHARED_PREFIX.name if self._shares else model.spec.attention, remat="none"
         )
+        self._decoder = model
         self._model = LanguageModel(spec, model.recurrence_spec)
         self._groups = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
         self._programs: dict[tuple[int, int], Callable] = {}
@@ -125,6 +127,34 @@ class Scorer:
             while waiting:
                 finish()
         return list(zip(total.tolist(), is_greedy.tolist(), strict=True))
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        *,
+        end_id: int,
+        sampling: dict[str, float],
+        stops: Callable[[Sequence[int]], bool],
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[list[int]]:
+        """Continues prompts with the same model, exactly, whatever the refinement; see `completion.complete`."""
+
+        def done(count: int) -> None:
+            advance(count)
+            self._at()
+
+        return complete(
+            self._decoder,
+            self.params,
+            prompts,
+            num_tokens,
+            batch_tokens=self._batch_tokens,
+            end_id=end_id,
+            sampling=sampling,
+            stops=stops,
+            advance=done,
+        )
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], list[int]]:
         """The inputs and targets of a request; as many of its last inputs as the model has positions."""

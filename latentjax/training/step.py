@@ -82,8 +82,8 @@ def make_eval_step(
     `loss_sum` in nats and `weight_sum` give the loss; `text_bytes` (int32) is the sum of the batch's `target_bytes`;
     `thought_residual` is that of the last refinement pass, present where the method has any.
 
-    With a `tolerance` there are, in place of R, as many passes as `Recurrence.forward_until` needs for it: `passes` says
-    how many, and the residual is that of the row that was last to settle.
+    With a `tolerance` there are, in place of R, as many passes as `Recurrence.forward_until` needs for it: `passes`
+    says how many, and the residual is that of the row that was last to settle.
     """
 
     def evaluate_until(params: Any, batch: Batch) -> Metrics:
