@@ -56,15 +56,17 @@ class TaskResult:
 class Tasks(TaskManager):
     """The harness's tasks, and those of a directory of YAML files; what goes wrong with them is a `UserError`."""
 
-    def __init__(self, names: Sequence[str], directory: str | None):
-        """Looks the tasks up; none of their data is read yet.
+    def __init__(self, names: Sequence[str], directory: str | None, keep: bool = False):
+        """Looks the tasks up.
 
         Args:
           names: of tasks, groups and tags, or `paper`, which stands for PAPER_TASKS.
           directory: of the user's own tasks; None: there are none.
+          keep: load their data now, for all runs, which then must have the same number of examples; if not, each run
+            loads them anew.
 
         Raises:
-          UserError: a name is not known (the nearest that is, is named).
+          UserError: a name is not known (the nearest that is, is named), or data that should be kept cannot be loaded.
         """
         if directory is not None and not Path(directory).expanduser().is_dir():
             raise UserError(f"there is no directory {shown(directory, 200)} to take tasks from")
@@ -76,6 +78,8 @@ class Tasks(TaskManager):
                 near = difflib.get_close_matches(name, self.task_index, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "lm-eval ls tasks lists them"
                 raise UserError(f"lm-evaluation-harness has no task {shown(name)}: {hint}")
+        self._kept = None
+        self._kept = self.load(list(self.names)) if keep else None
 
     def load(self, task_list: Any) -> Any:
         """Loads tasks and their data.
@@ -83,6 +87,8 @@ class Tasks(TaskManager):
         Raises:
           UserError: that is not possible, for instance without a network.
         """
+        if self._kept is not None:
+            return self._kept
         try:
             return super().load(task_list)
         except Exception as error:  # of data sets, hubs, YAML and the code of tasks

@@ -7,8 +7,8 @@ compute every batch together.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from lm_eval.api.instance import Instance
@@ -160,3 +160,10 @@ class LatentjaxLM(TemplateLM):
             advance=advance,
         )
         return [postprocess_generated_text(self._text.decode(ids), stops, None) for ids in continued]
+
+
+@contextmanager
+def silent_stage(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A `Stage` that shows nothing."""
+    del label, total
+    yield lambda count: None

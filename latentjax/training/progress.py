@@ -65,8 +65,8 @@ class TrainProgress:
         if self._bar is None:
             self.note(f"step {line['step']}/{self._num_steps}  {_summary(line)}  {_duration(seconds_left)} left")
             return
-        self._bar.set_postfix_str(_summary({key: line[key] for key in line if not key.startswith("eval")}))
-        if "eval_loss" in line:
+        self._bar.set_postfix_str(_summary({key: line[key] for key in line if not key.startswith(("eval", "task/"))}))
+        if "eval_loss" in line or any(key.startswith("task/") for key in line):
             self.note(f"step {line['step']}  {_summary(line)}")
 
     def note(self, text: str) -> None:
@@ -88,6 +88,8 @@ def _summary(line: dict[str, Any]) -> str:
     parts = [f"loss {line['loss']:.4f}"]
     if "eval_loss" in line:
         parts.append(f"eval loss {line['eval_loss']:.4f} ({line['eval_bits_per_byte']:.4f} bits/byte)")
+    tasks = [f"{key.removeprefix('task/')} {value:.4f}" for key, value in line.items() if key.startswith("task/")]
+    parts += [each for each in tasks if "/acc " in each or "/exact_match " in each]
     if line.get("thought_residual") is not None:
         parts.append(f"thought residual {line['thought_residual']:.3f}")
     if line["tokens_per_second"] is not None:

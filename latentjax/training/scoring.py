@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from latentjax.data.tokenizers.base import Tokenizer
 from latentjax.errors import UserError
 from latentjax.models.attention import SHARED_PREFIX
 from latentjax.recurrence.language_model import LanguageModel
@@ -76,7 +77,7 @@ class Scorer:
           note: is told when a program is compiled; at: is called after every batch.
         """
         self.params, self.mesh, self.max_length = params, mesh, model.spec.max_position_embeddings
-        self._refinement, self._batch_tokens, self._note, self._at = refinement, batch_tokens, note, at
+        self._refinement, self._batch_tokens, self._note, self.at = refinement, batch_tokens, note, at
         self._shares = model.spec.attention in ("xla", SHARED_PREFIX.name)
         self._masks = self._shares or model.spec.attention != "cudnn"
         spec = dataclasses.replace(
@@ -117,7 +118,7 @@ class Scorer:
                 np.add.at(total, numbers, log_probs_GK[group, : len(numbers)].astype(np.float64))
                 np.logical_and.at(is_greedy, numbers, greedy_GK[group, : len(numbers)])
             advance(int(batch.counts_G.sum()))
-            self._at()
+            self.at()
 
         with memory_errors("scoring"):
             for batch in make_batches(rows, self._batch_tokens, self._groups, segmented=self._masks):
@@ -142,7 +143,7 @@ class Scorer:
 
         def done(count: int) -> None:
             advance(count)
-            self._at()
+            self.at()
 
         return complete(
             self._decoder,
@@ -233,3 +234,7 @@ class Scorer:
         start = (jnp.zeros(places_GK.shape, jnp.float32), jnp.zeros(places_GK.shape, bool))
         log_probs_GK, greedy_GK = jax.lax.fori_loop(0, -(-batch["count"] // chunk), score_chunk, start)
         return log_probs_GK[:, :num_targets], greedy_GK[:, :num_targets]
+
+
+# (scorer, the run's tokenizer) to what is logged of tasks, by key.
+ScoreTasks = Callable[[Scorer, Tokenizer], dict[str, float]]
