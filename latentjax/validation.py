@@ -41,7 +41,7 @@ _RANGES = {
             "model.num_layers", "model.hidden_size", "model.num_heads", "model.intermediate_size", "model.vocab_size",
             "model.max_position_embeddings", "data.tokenizer_vocab_size", "data.sequence_length", "data.batch_size",
             "train.num_steps", "train.sample_tokens", "train.gradient_accumulation_steps", "train.max_skipped_updates",
-            "train.max_rewinds",
+            "train.max_rewinds", "train.eval_tasks_batch_tokens",
         ],
         (1, _LARGEST_SIZE),
     ),
