@@ -116,6 +116,49 @@ class Latent(Recurrence):
 
         return apply_pass(backbone, z_BQD, keep=True, start=num_thoughts), jnp.concatenate(residuals)
 
+    def forward_until(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        tolerance: float,
+        counted_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same passes, refining in a loop that ends when all rows have settled: after C T passes at the latest."""
+        num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
+
+        def apply_pass(
+            backbone: nn.Module, z_BQD: jax.Array | None, start: int = 0, stop: int | None = None
+        ) -> jax.Array:
+            thoughts = [] if z_BQD is None else split(z_BQD, z_BQD.shape[1] // num_tokens)
+            slots = 1 + len(thoughts)
+            kept = SlotRange(slots, start, slots if stop is None else stop)
+            x_BSD = shard_activation(interleave([x_BTD, *thoughts]), "batch", "slots", None)
+            return backbone(x_BSD, repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots), kept=kept)[0]
+
+        z_BQD = None
+        for _ in range(num_thoughts):
+            z_BQD = apply_pass(backbone, z_BQD)
+        counted_BQ1 = None if counted_BT is None else jnp.repeat(counted_BT, num_thoughts, axis=1)[..., None]
+
+        def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
+            _, residual_B, passes = carry
+            return jnp.any(residual_B > tolerance) & (passes < num_thoughts * num_tokens)
+
+        def refine(backbone: nn.Module, carry: tuple) -> tuple:
+            z_BQD, _, passes = carry
+            new_BQD = apply_pass(backbone, z_BQD, stop=num_thoughts)
+            return new_BQD, _row_residuals(new_BQD, z_BQD, counted_BQ1), passes + 1
+
+        start = (z_BQD, jnp.full((batch_size,), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+        z_BQD, residual_B, passes = nn.while_loop(
+            is_unsettled, refine, backbone, start, broadcast_variables="params", split_rngs={"params": False}
+        )
+        return apply_pass(backbone, z_BQD, start=num_thoughts), residual_B, passes
+
     def decode(
         self,
         backbone: nn.Module,
@@ -142,3 +185,11 @@ def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
     """The RMS of the change over the RMS of the new thoughts: a float32 scalar, 0 at the fixed point."""
     new_BQD, old_BQD = (jax.lax.stop_gradient(z).astype(jnp.float32) for z in (new_BQD, old_BQD))
     return jnp.sqrt(jnp.mean(jnp.square(new_BQD - old_BQD)) / jnp.mean(jnp.square(new_BQD)))
+
+
+def _row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> jax.Array:
+    """As `thought_residual`, for each row, over the slots that count: float32 (B,)."""
+    weight = 1.0 if counted_BQ1 is None else counted_BQ1.astype(jnp.float32)
+    new_BQD, old_BQD = (z.astype(jnp.float32) for z in (new_BQD, old_BQD))
+    change_B, size_B = (jnp.sum(jnp.square(z) * weight, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
+    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
