@@ -4,6 +4,7 @@ python -m latentjax.bench data
 python -m latentjax.bench step --config configs/pile_70m.py --thoughts 0 1 2
 python -m latentjax.bench peer --config configs/pile_70m.py
 python -m latentjax.bench checkpoint --config configs/pile_70m.py
+python -m latentjax.bench scoring --config configs/pile_70m.py --config.model.dtype=float32
 """
 
 import argparse
@@ -63,12 +64,17 @@ def _parser() -> LineParser:
     checkpoint = parts.add_parser("checkpoint", help=text, description=text, **settings)
     checkpoint.add_argument("--every", type=int, default=50, help="steps from one checkpoint to the next")
     checkpoint.add_argument("--directory", type=Path, help="where to put them; unset: a temporary directory")
-    for part in (step, peer, checkpoint):
+
+    text = "scoring requests of the evaluation harness, against its own hf model on our export of the same weights"
+    scoring = parts.add_parser("scoring", help=text, description=text, **settings)
+    scoring.add_argument("--questions", type=int, default=6, help="of each of the tasks that requests are shaped after")
+    scoring.add_argument("--batch_tokens", type=int, default=4096, help="tokens of our batches")
+    for part in (step, peer, checkpoint, scoring):
         part.add_argument("--config", required=True, help="a recipe; its knobs are set with --config.GROUP.KEY=VALUE")
         part.add_argument("--rounds", type=int, default=5, help="turns that every program has")
     for part in (step, peer):
         part.add_argument("--steps", type=int, default=2, help="training steps of a turn")
-    for part in (data, step, peer, checkpoint):
+    for part in (data, step, peer, checkpoint, scoring):
         part.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 
@@ -89,7 +95,8 @@ def main(argv: Sequence[str]) -> int:
         if overrides:
             raise UserError(f"--config.{brief(overrides[0])}: bench data reads no config; leave it out")
         return _bench_data(flags)
-    return {"step": _bench_step, "peer": _bench_peer, "checkpoint": _bench_checkpoint}[flags.part](flags, overrides)
+    parts = {"step": _bench_step, "peer": _bench_peer, "checkpoint": _bench_checkpoint, "scoring": _bench_scoring}
+    return parts[flags.part](flags, overrides)
 
 
 def _bench_data(flags: argparse.Namespace) -> int:
@@ -162,6 +169,7 @@ def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     processes.start(None, None, None)
     from latentjax.training import step_benchmark
+    from latentjax.training.circumstances import circumstance_lines, circumstances
 
     results = step_benchmark.benchmark_steps(config, sorted(set(flags.thoughts)), flags.rounds, flags.steps)
     compared = step_benchmark.proportions(results)
@@ -171,9 +179,9 @@ def _bench_step(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
         derived = ("median", "best", "mfu", "tokens_per_second", "slots_per_second")
         programs = [asdict(result) | {name: getattr(result, name) for name in derived} for result in results]
         ratios = [asdict(each) | {"holds": each.holds} for each in compared]
-        _print_json({**_circumstances(config), "programs": programs, "ratios": ratios})
+        _print_json({**circumstances(config), "programs": programs, "ratios": ratios})
     else:
-        print(*_circumstance_lines(config), sep="\n")
+        print(*circumstance_lines(config), sep="\n")
         print(step_benchmark.HEADER, *(result.line() for result in results), sep="\n")
         print(f"planned: by the compiler, per device; peak: {results[0].peak_source or 'not told by this platform'}")
         if compared:
@@ -186,13 +194,14 @@ def _bench_checkpoint(flags: argparse.Namespace, overrides: Sequence[str]) -> in
     config = _load(flags, overrides)
     _free_megabytes(flags.directory)
     from latentjax.training.checkpoint_benchmark import benchmark_saving
+    from latentjax.training.circumstances import circumstance_lines, circumstances
 
     with tempfile.TemporaryDirectory(prefix="latentjax-bench-", dir=flags.directory) as name:
         times = benchmark_saving(config, Path(name), flags.every, flags.rounds)
     if flags.json:
-        _print_json({**_circumstances(config), **asdict(times), "ratio": times.ratio, "holds": times.holds})
+        _print_json({**circumstances(config), **asdict(times), "ratio": times.ratio, "holds": times.holds})
     else:
-        print(*_circumstance_lines(config), *times.lines(), sep="\n")
+        print(*circumstance_lines(config), *times.lines(), sep="\n")
     return 0 if times.holds else 1
 
 
@@ -226,6 +235,20 @@ def _bench_peer(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 1
 
 
+def _bench_scoring(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    _treat_memory_as_the_trainer_does()
+    config = _load(flags, overrides)
+    from latentjax.scoring_benchmark import benchmark_scoring
+    from latentjax.training.circumstances import circumstance_lines, circumstances
+
+    times = benchmark_scoring(config, flags.questions, flags.batch_tokens, flags.rounds)
+    if flags.json:
+        _print_json({**circumstances(config), **times.as_json()})
+    else:
+        print(*circumstance_lines(config), *times.lines(), sep="\n")
+    return 0 if times.holds else 1
+
+
 def _compare(config: "ConfigDict", flags: argparse.Namespace) -> dict[str, Any]:
     """Both sides' times on the first device, as JSON has them; `text` is what is printed for people."""
     import jax
@@ -233,6 +256,7 @@ def _compare(config: "ConfigDict", flags: argparse.Namespace) -> dict[str, Any]:
     from latentjax.data.progress import Progress
     from latentjax.interop import torch_peer
     from latentjax.training import peer_benchmark
+    from latentjax.training.circumstances import circumstance_lines, circumstances
 
     platform = jax.devices()[0].platform
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -240,13 +264,13 @@ def _compare(config: "ConfigDict", flags: argparse.Namespace) -> dict[str, Any]:
     maker = _peer_maker(device, flags.variant)
     agreement, times = peer_benchmark.compare(config, maker, flags.rounds, flags.steps, Progress(True))
     lines = [
-        *_circumstance_lines(config),
+        *circumstance_lines(config),
         f"peer: {times.variant}; {', '.join(map(' '.join, torch_peer.versions().items()))}, {threads} CPU threads",
         agreement.line(),
         f"first loss as timed: {times.loss:.4f}, peer {times.peer_loss:.4f}; R = {times.num_jacobi_iterations}",
         *times.lines(),
     ]
-    report = _circumstances(config) | asdict(times) | {"agreement": asdict(agreement), "text": lines}
+    report = circumstances(config) | asdict(times) | {"agreement": asdict(agreement), "text": lines}
     report["versions"] |= torch_peer.versions()
     return report | {"best_ratio": times.best_ratio, "median_ratio": times.median_ratio, "cpu_threads": threads}
 
@@ -352,32 +376,6 @@ def _command(flags: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
     """The command line of a process that measures the same recipe."""
     command = [sys.executable, "-m", "latentjax.bench", flags.part, "--config", flags.config]
     return [*command, f"--rounds={flags.rounds}", f"--steps={flags.steps}", *(f"--config.{each}" for each in overrides)]
-
-
-def _circumstances(config: "ConfigDict") -> dict[str, Any]:
-    """What a figure means nothing without."""
-    import jax
-
-    from latentjax.training.run_directory import package_versions
-
-    devices = jax.devices()
-    return {
-        "platform": devices[0].platform,
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "versions": package_versions(),
-        "config": config.to_dict(),
-    }
-
-
-def _circumstance_lines(config: "ConfigDict") -> list[str]:
-    found = _circumstances(config)
-    model, data = config.model, config.data
-    return [
-        f"{found['devices']} ({found['platform']}); {', '.join(map(' '.join, found['versions'].items()))}",
-        f"{model.architecture}, N={model.num_layers} D={model.hidden_size} V={model.vocab_size} {model.dtype}, "
-        f"attention {model.attention}, remat {model.remat}; {data.batch_size} x {data.sequence_length} tokens, "
-        f"documents {'masked' if data.mask_documents else 'not masked'}",
-    ]
 
 
 def _print_json(results: Any) -> None:

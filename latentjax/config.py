@@ -100,6 +100,12 @@ def default() -> ConfigDict:
     train.log_every_steps = 10  # steps between lines of metrics.jsonl
     train.eval_every_steps = 100  # also after the last step; 0: never
     train.eval_batches = 8  # batches of held-out windows per evaluation (fewer if the split has fewer)
+    train.tasks_every_steps = 0  # steps between runs of eval_tasks, also after the last step; 0: never
+    train.eval_tasks = ()  # names of lm-evaluation-harness: ("lambada_openai", "piqa"), or ("paper",) for the paper's
+    train.eval_tasks_num_fewshot = 0  # examples before each question
+    train.eval_tasks_limit = 0  # questions of each task; 0: all
+    train.eval_tasks_path = ""  # a directory with YAML files of tasks of your own; "": none
+    train.eval_tasks_batch_tokens = 4096  # tokens of a batch of requests, over all hosts
     train.sample_every_steps = 500  # also after the last step; 0: never
     train.sample_prompts = ("The ",)  # continued in samples.txt
     train.sample_tokens = 64  # tokens generated per prompt

@@ -53,12 +53,18 @@ def main(argv: Sequence[str]) -> int:
     if host_memory.computes_on_cpu():
         host_memory.keep_freed_memory()
     processes.start(flags.coordinator, flags.num_processes, flags.process_id)  # before jax looks for devices
+    score_tasks = None
+    if config.train.tasks_every_steps:
+        # What the training room may not know of; whatever is amiss with it is said before training begins.
+        from latentjax.interop.task_schedule import TaskSchedule
+
+        score_tasks = TaskSchedule(config.train, shows=processes.is_first())
     from latentjax.training.loop import train
     from latentjax.training.signals import StopRequest
 
     stop = StopRequest()
     with processes.watched(config.train) as watchdog:
-        summary = train(config, workdir, stop, watchdog, initial_params)
+        summary = train(config, workdir, stop, watchdog, initial_params, score_tasks)
     if summary is None:
         return stop.exit_status
     if not processes.is_first():

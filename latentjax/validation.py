@@ -41,7 +41,7 @@ _RANGES = {
             "model.num_layers", "model.hidden_size", "model.num_heads", "model.intermediate_size", "model.vocab_size",
             "model.max_position_embeddings", "data.tokenizer_vocab_size", "data.sequence_length", "data.batch_size",
             "train.num_steps", "train.sample_tokens", "train.gradient_accumulation_steps", "train.max_skipped_updates",
-            "train.max_rewinds",
+            "train.max_rewinds", "train.eval_tasks_batch_tokens",
         ],
         (1, _LARGEST_SIZE),
     ),
@@ -106,6 +106,7 @@ def validate(config: ConfigDict) -> None:
     _check_model(config.model)
     _check_recurrence(config.recurrence, config.model.vocab_size)
     _check_data(config)
+    _check_tasks(config.train)
     _check_spikes(config.train, config.checkpoint.every_steps)
     _check_checkpoint(config.checkpoint)
     _check_mesh(config.mesh)
@@ -231,6 +232,19 @@ def _check_data(config: ConfigDict) -> None:
         raise UserError(
             f"data.batch_size={data.batch_size} is not divisible by "
             f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}: change one"
+        )
+
+
+def _check_tasks(train: ConfigDict) -> None:
+    names = train.eval_tasks
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(
+            f'train.eval_tasks={shown(names)} must be names in quotes, such as ("piqa",), none of them empty'
+        )
+    if train.tasks_every_steps and not names:
+        raise UserError(
+            f"train.tasks_every_steps={train.tasks_every_steps}, but train.eval_tasks names no task to run: name some, "
+            "or set train.tasks_every_steps=0"
         )
 
 

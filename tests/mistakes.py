@@ -28,6 +28,7 @@ _SIZES = [
     "data.tokenizer_vocab_size",
     "train.num_steps",
     "train.sample_tokens",
+    "train.eval_tasks_batch_tokens",
     "train.gradient_accumulation_steps",
 ]
 _PERIODS = ["train.log_every_steps", "train.eval_batches", "checkpoint.every_steps", "checkpoint.max_to_keep"]
@@ -36,6 +37,8 @@ _COUNTS = [
     "data.shard_megabytes",
     "train.eval_every_steps",
     "train.sample_every_steps",
+    "train.eval_tasks_num_fewshot",
+    "train.eval_tasks_limit",
     "train.loss_chunk_tokens",
     "checkpoint.keep_every_steps",
     "recurrence.backprop_passes",
@@ -90,6 +93,7 @@ _WRONG_TUPLES = {
     ],
     "data.include": ["3", "(1, 2)", "('',)", "(None,)", "*.py,,*.md", "true"],
     "data.exclude": ["3", "('a', 2)", "('',)", "(('a',),)"],
+    "train.eval_tasks": ["1", "('',)", "('piqa', None)", "(('piqa',),)", "piqa,,race"],
     "train.sample_prompts": ["1", "('',)", "('a', None)", "(('a',),)", "The,,A"],
 }  # fmt: skip
 _CHOICES = {
@@ -207,6 +211,7 @@ def contradiction(draw: random.Random, directory: Path) -> Mistake:
             (["data.tokenizer=sentencepiece", f"data.tokenizer_vocab_size={10**6 + odd}"], ["vocabulary of"]),
             (["data.path=a\0b"], ["data.path"]),
             (["train.sample_prompts=\udcff"], ["train.sample_prompts"]),
+            ([f"train.tasks_every_steps={odd}"], ["train.eval_tasks"]),
         ]
     )  # fmt: skip
     return training(directory, *changes, names=tuple(names))

@@ -128,6 +128,11 @@ def _train(draw: random.Random) -> dict[str, Any]:
         "log_every_steps": draw.choice([1, 10, 10**12]),
         "eval_every_steps": draw.choice([0, 1, 100, 10**12]),
         "eval_batches": draw.choice([1, 10**9]),
+        # With tasks_every_steps as well, the harness would have to be there.
+        "eval_tasks": draw.choice([(), ("piqa", "race")]),
+        "eval_tasks_num_fewshot": draw.choice([0, 5]),
+        "eval_tasks_limit": draw.choice([0, 10**6]),
+        "eval_tasks_batch_tokens": draw.choice([1, 4096]),
         "sample_every_steps": draw.choice([0, 1, 10**12]),
         "sample_prompts": draw.choice([(), ("The ",), ("a", "日本")]),
         "sample_tokens": draw.choice([1, 64]),

@@ -1,16 +1,17 @@
 """From the config to the rows of tokens that a run reads: token stores, raw corpora and Megatron data sets."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from latentjax.data.megatron import MegatronRow, is_megatron
-from latentjax.data.remote import reading
+from latentjax.data.remote import is_remote, reading
 from latentjax.data.resolve import given_tokenizer, resolve_store
 from latentjax.data.row import TokenRow
-from latentjax.data.store import TokenStore
+from latentjax.data.store import SPLITS, TokenStore
 from latentjax.data.tokenizers.base import Tokenizer
 from latentjax.data.windows import Windows
 from latentjax.errors import UserError
@@ -75,6 +76,39 @@ def open_sources(data: ConfigDict, progress: bool, needs_evaluation: bool) -> So
     return Sources(train, eval_sets, tokenizer, tokenizer.vocab_size, tokenizer.eod_id, ", ".join(parts))
 
 
+def open_eval_sets(data: ConfigDict, progress: bool, paths: Sequence[str] = (), split: str = "") -> Sources:
+    """Opens what a model is to be evaluated on, and nothing to train on.
+
+    Args:
+      data: the `data` group of a config.
+      progress: whether to show the making of stores on stderr.
+      paths: token stores, raw corpora or Megatron data; (): what training with `data` evaluates on.
+      split: of each of the paths: eval, train or all; "": of a raw corpus all, of a store what it holds out.
+
+    Raises:
+      UserError: as `open_sources`.
+    """
+    opened = _Opened(data, progress)
+    if paths:
+        eval_sets = {}
+        for name, path in opened.named(paths):
+            eval_sets |= opened.parts(name, path, split)
+    else:
+        trained_on = [path for path, _ in data.mixture or ((data.path, 1.0),)]
+        if not data.eval_sets:
+            for path in trained_on:
+                opened.row(path, "eval")
+        named = data.eval_sets or opened.held_out(trained_on)
+        eval_sets = {name: opened.row(path, "eval") for name, path in named}
+    if not eval_sets:
+        raise UserError("nothing is held out of Megatron data: name something to evaluate on (--data, data.eval_sets)")
+    for row in eval_sets.values():
+        Windows(row, data.sequence_length)
+    tokenizer = opened.tokenizer
+    described = ", ".join(f"{row.num_tokens:,} tokens of {row.label}" for row in eval_sets.values())
+    return Sources((), eval_sets, tokenizer, tokenizer.vocab_size, tokenizer.eod_id, described)
+
+
 class _Opened:
     """What has been opened so far, by path: each once, all of one tokenizer."""
 
@@ -115,10 +149,28 @@ class _Opened:
     def held_out(self, paths: list[str]) -> list[tuple[str, str]]:
         """Returns names for what the stores at these paths hold out, each with its path."""
         paths = [path for path in dict.fromkeys(paths) if not isinstance(self._stores[path], TokenRow)]
-        if len(paths) == 1:
-            return [(_HELD_OUT, paths[0])]
+        return [(_HELD_OUT, paths[0])] if len(paths) == 1 else self.named(paths)
+
+    def parts(self, name: str, path: str, split: str) -> dict[str, TokenRow]:
+        """Returns the rows of what `open_eval_sets` has as `split`, by names that begin with `name`."""
+        whole = self.row(path, "eval")
+        store = self._stores[path]
+        if isinstance(store, TokenRow):
+            return {name: whole}
+        if not split:
+            is_raw = not is_remote(path) and store.path != Path(path).expanduser()
+            split = "all" if is_raw else "eval"
+        if split != "all":
+            return {name: store.split(split)}
+        needed = self._data.sequence_length + 1
+        rows = {f"{name}-{each}": store.split(each) for each in SPLITS}
+        # Of a small corpus one of the two may be less than a window; not both, or there is nothing to do.
+        return {key: row for key, row in rows.items() if row.num_tokens >= needed} or {name: store.split("train")}
+
+    def named(self, paths: Sequence[str]) -> list[tuple[str, str]]:
+        """Returns a name for each path, made of its last part."""
         named: dict[str, str] = {}
-        for path in paths:
+        for path in dict.fromkeys(paths):
             name = unique = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).name).strip("-") or _HELD_OUT
             number = 1
             while unique in named:

@@ -1,8 +1,11 @@
 """Causal attention over slots, by named backend.
 
 Causality follows the order of slots, not position ids: the slots of a token share a position, and a thought sees its
-token and the thoughts before it. Segments (documents) are told apart by id.
+token and the thoughts before it. Segments (documents) are told apart by id. For scoring there is besides a backend that
+lets segments share a prefix (`SHARED_PREFIX`), which no config names.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +25,19 @@ from latentjax.models.splash_attention import SPLASH
 QUERY_CHUNK = 64
 MAX_CHUNKS = 8
 
+# With the backend SHARED_PREFIX a segment id is BRANCHES * tree + branch: branch 0 is the prefix of its tree, which the
+# other branches of the tree see besides themselves.
+BRANCHES = 1024
+
 
 def xla_attention(
-    q_BQHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, segment_ids_BS: jax.Array | None, queried: SlotRange
+    q_BQHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    segment_ids_BS: jax.Array | None,
+    queried: SlotRange,
+    shares_prefix: bool = False,
 ) -> jax.Array:
     """Causal attention within a sequence, written out for XLA; serves every platform and mask.
 
@@ -32,14 +45,16 @@ def xla_attention(
       q_BQHK: queries at the slots of `queried`, in order; k_BSGK, v_BSGK: keys and values of all slots, where G divides
         H (grouped queries).
       segment_ids_BS: slots attend within their segment only; None: one segment.
+      shares_prefix: the ids are of trees and branches, see BRANCHES.
 
     Returns:
       (B, Q, H, K) in the dtype of q.
     """
+    kernel = partial(_in_chunks, shares_prefix=shares_prefix)
     if sequence_shards() > 1:
         # Left to itself the compiler would move queries about, so that every device has a part of each chunk.
-        return shard_attention(_in_chunks, q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
-    return _in_chunks(q_BQHK, k_BSGK, v_BSGK, queried.indices(k_BSGK.shape[1]), segment_ids_BS)
+        return shard_attention(kernel, q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
+    return kernel(q_BQHK, k_BSGK, v_BSGK, queried.indices(k_BSGK.shape[1]), segment_ids_BS)
 
 
 def _in_chunks(
@@ -48,6 +63,7 @@ def _in_chunks(
     v_BSGK: jax.Array,
     slots_Q: jax.Array | np.ndarray,
     segment_ids_BS: jax.Array | None,
+    shares_prefix: bool,
 ) -> jax.Array:
     """Attends from queries at slots_Q, as many at a time as QUERY_CHUNK and MAX_CHUNKS say."""
     num_queries = q_BQHK.shape[1]
@@ -62,12 +78,16 @@ def _in_chunks(
         seen = slice(0, int(slots_Q[rows][-1]) + 1 if isinstance(slots_Q, np.ndarray) else None)
         segments = (None, None) if segment_ids_BS is None else (queried_ids_BQ[:, rows], segment_ids_BS[:, seen])
         attended.append(
-            _attend(q_BGMQK[:, :, :, rows], k_BGSK[:, :, seen], v_BGSK[:, :, seen], slots_Q[rows], *segments)
+            _attend(
+                q_BGMQK[:, :, :, rows], k_BGSK[:, :, seen], v_BGSK[:, :, seen], slots_Q[rows], *segments, shares_prefix
+            )
         )
     return _ungroup(jnp.concatenate(attended, axis=3))
 
 
-def cached_attention(q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array | int, segment_ids_BS: jax.Array) -> jax.Array:
+def cached_attention(
+    q_BSHK: jax.Array, cache: KeyValueCache, layer: jax.Array | int, segment_ids_BS: jax.Array
+) -> jax.Array:
     """Attention from the newest slots, whose keys and values are in the cache already, to all that it holds."""
     keys_BGLK, values_BGLK = cache.layer(layer)
     # The rows not yet written lie behind every query: causality keeps them out of sight.
@@ -97,12 +117,17 @@ def _attend(
     slots_Q: jax.Array | np.ndarray,
     segment_ids_BQ: jax.Array | None,
     segment_ids_BL: jax.Array | None,
+    shares_prefix: bool = False,
 ) -> jax.Array:
     """Softmax attention of scaled queries at slots_Q to slots 0 .. L - 1, (B, G, M, Q, K); softmax in float32."""
     logits = jnp.einsum("BGMQK,BGLK->BGMQL", q_BGMQK, k_BGLK, preferred_element_type=jnp.float32)
     visible = jnp.arange(k_BGLK.shape[2]) <= slots_Q[:, None]
     if segment_ids_BQ is not None:
-        visible = visible & (segment_ids_BQ[:, :, None] == segment_ids_BL[:, None, :])[:, None, None]
+        same = segment_ids_BQ[:, :, None] == segment_ids_BL[:, None, :]
+        if shares_prefix:
+            prefix_ids_BQ = segment_ids_BQ // BRANCHES * BRANCHES
+            same = same | (prefix_ids_BQ[:, :, None] == segment_ids_BL[:, None, :])
+        visible = visible & same[:, None, None]
     logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(q_BGMQK.dtype)
     return jnp.einsum("BGMQL,BGLK->BGMQK", weights, v_BGLK)
@@ -110,6 +135,9 @@ def _attend(
 
 XLA = AttentionBackend("xla", xla_attention, frozenset({"cpu", "gpu", "tpu"}))
 BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (XLA, SPLASH, CUDNN, TOKAMAX)}
+SHARED_PREFIX = AttentionBackend("shared_prefix", partial(xla_attention, shares_prefix=True), XLA.platforms)
+# What a ModelSpec may name: those of configs, and what scoring chooses by itself.
+_ALL_BACKENDS = BACKENDS | {SHARED_PREFIX.name: SHARED_PREFIX}
 
 
 def choose_backend(name: str, request: AttentionRequest) -> str:
@@ -133,7 +161,7 @@ def check_backend(name: str) -> None:
 
 def wanted_queries(backend: str, kept: SlotRange) -> SlotRange:
     """The slots whose queries a backend wants to see, to attend from those of `kept`."""
-    return ALL_SLOTS if BACKENDS[backend].needs_all_queries else kept
+    return ALL_SLOTS if _ALL_BACKENDS[backend].needs_all_queries else kept
 
 
 def self_attention(
@@ -165,5 +193,5 @@ def self_attention(
         cache = cache.write(layer, k_BSGK, v_BSGK)
         if not cache.is_prefill:
             return cached_attention(q_BQHK, cache, layer, segment_ids_BS), cache
-    attended = BACKENDS[backend].call(q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
+    attended = _ALL_BACKENDS[backend].call(q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
     return attended if queried == kept else kept.take(attended), cache

@@ -1,8 +1,4 @@
-"""The backbone f: the whole stack of layers and the final norm.
-
-All layers but the last are scanned, so that one is traced for all of them (unless `ModelSpec.separates`). The last stands alone: often a part of its
-outputs is thrown away, and then only its keys and values are computed for all slots.
-"""
+"""The backbone f: the whole stack of layers and the final norm."""
 
 import dataclasses
 from collections.abc import Callable

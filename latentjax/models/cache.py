@@ -80,9 +80,7 @@ class KeyValueCache:
                 return (*layers[:layer], written, *layers[layer + 1 :])
             return jax.lax.dynamic_update_slice(layers, x_PBGSK[None], (layer, *start))
 
-        return self.replace(
-            keys_NPBGLK=put(self.keys_NPBGLK, k_BSGK), values_NPBGLK=put(self.values_NPBGLK, v_BSGK)
-        )
+        return self.replace(keys_NPBGLK=put(self.keys_NPBGLK, k_BSGK), values_NPBGLK=put(self.values_NPBGLK, v_BSGK))
 
     def write_segments(self, segment_ids_BS: jax.Array) -> "KeyValueCache":
         """Notes the segments of the slots about to be written."""

@@ -26,6 +26,14 @@ class RecurrenceSpec:
     ponder_chunk_tokens: int
 
 
+def rounding_tolerance(dtype: str) -> float:
+    """The relative change of thoughts that is no more than rounding in a compute dtype: twice its epsilon.
+
+    Below it passes change last bits only. To wait until nothing at all changes would take up to C T passes.
+    """
+    return 2 * float(jnp.finfo(dtype).eps)
+
+
 @flax.struct.dataclass
 class Prefilled:
     """What comes of a prompt.
@@ -115,6 +123,35 @@ class Recurrence(abc.ABC):
           What the head reads, (B, T, D), and the thought residual of each refinement pass, float32 (R,): the relative
           RMS change of the thoughts in that pass; None where the method has no refinement passes.
         """
+
+    def forward_until(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        tolerance: float,
+        counted_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `forward`, with as many refinement passes as the thoughts need to settle; not to be differentiated.
+
+        Args:
+          vocabulary: as for `forward`.
+          tolerance: passes go on until no row's thoughts change by more than this, relatively (RMS); 0: until nothing
+            changes, which is what sequential decoding computes.
+          counted_BT: bool, the tokens whose thoughts count for that; None: all.
+
+        Returns:
+          What the head reads, (B, T, D); each row's last relative change, float32 (B,), 0 where a method has no
+          refinement passes; and their number, int32.
+        """
+        del tolerance, counted_BT
+        hidden_BTD, _ = self.forward(
+            backbone, x_BTD, positions_BT, segment_ids_BT, vocabulary=vocabulary, num_jacobi_iterations=0
+        )
+        return hidden_BTD, jnp.zeros(x_BTD.shape[:1], jnp.float32), jnp.zeros((), jnp.int32)
 
     @abc.abstractmethod
     def decode(

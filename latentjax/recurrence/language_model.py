@@ -96,6 +96,33 @@ class LanguageModel(nn.Module):
     def _tied_head(self, table_VD: jax.Array) -> jax.Array:
         return table_VD if self.spec.separates else table_VD.T
 
+    def hidden_until(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        tolerance: float,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        counted_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `hidden`, with as many passes as the thoughts need to settle; see `Recurrence.forward_until`.
+
+        Returns:
+          (B, T, D), each row's thought residual (B,), and the number of refinement passes, int32.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        vocabulary = self.vocabulary()
+        return self.recurrence.forward_until(
+            self.backbone,
+            vocabulary.embed(tokens_BT),
+            positions_BT,
+            segment_ids_BT,
+            vocabulary=vocabulary,
+            tolerance=tolerance,
+            counted_BT=counted_BT,
+        )
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """The head: (..., T, D) to float32 (..., T, V)."""
         return self.vocabulary().logits(hidden_BTD)

@@ -79,15 +79,8 @@ class Latent(Recurrence):
         def apply_pass(
             backbone: nn.Module, z_BQD: jax.Array | None, keep: bool, start: int = 0, stop: int | None = None
         ) -> jax.Array:
-            """One pass over x and the thoughts there are; its outputs at slots start .. stop - 1 of every token."""
-            thoughts = [] if z_BQD is None else split(z_BQD, z_BQD.shape[1] // x_BTD.shape[1])
-            x_BSD = interleave([x_BTD, *thoughts])
-            if not keep:
-                x_BSD = jax.lax.stop_gradient(x_BSD)
-            slots = 1 + len(thoughts)
-            kept = SlotRange(slots, start, slots if stop is None else stop)
-            x_BSD = shard_activation(x_BSD, "batch", "slots", None)
-            h_BQD, _ = backbone(x_BSD, repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots), kept=kept)
+            x_and_z = (x_BTD, z_BQD) if keep else jax.lax.stop_gradient((x_BTD, z_BQD))
+            h_BQD, _ = _apply_pass(backbone, *x_and_z, positions_BT, segment_ids_BT, start, stop)
             return h_BQD if keep else jax.lax.stop_gradient(h_BQD)
 
         z_BQD = None
@@ -115,6 +108,25 @@ class Latent(Recurrence):
             residuals.append(residual_R)
 
         return apply_pass(backbone, z_BQD, keep=True, start=num_thoughts), jnp.concatenate(residuals)
+
+    def forward_until(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        tolerance: float,
+        counted_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same passes, refining in a loop that ends when all rows have settled: after C T passes at the latest."""
+        z_BQD, residual_B, num_passes = self._settle(
+            backbone, x_BTD, positions_BT, segment_ids_BT, tolerance, counted_BT
+        )
+        start = self.num_latent_thoughts
+        hidden_BTD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start)
+        return hidden_BTD, residual_B, num_passes
 
     def decode(
         self,
@@ -158,22 +170,33 @@ class Latent(Recurrence):
 
         As many refinement passes as the thoughts need to settle, but at most C T, which give sequential decoding.
         """
+        z_BQD, residual_B, num_passes = self._settle(
+            backbone, x_BTD, positions_BT, segment_ids_BT, tolerance, segment_ids_BT > 0
+        )
+        start, cache = self.num_latent_thoughts, cache.replace(is_prefill=True)
+        h_BTD, cache = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start, cache=cache)
+        return Prefilled(h_BTD[:, -1], cache.replace(is_prefill=False), residual_B, num_passes)
+
+    def _settle(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        tolerance: jax.Array | float,
+        counted_BT: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Growing passes, then refinement in a loop until all rows have settled.
+
+        Returns:
+          The thoughts, (B, C T, D); each row's last relative change, (B,); the number of refinement passes.
+        """
         num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
-
-        def apply_pass(
-            backbone: nn.Module, z_BQD: jax.Array | None, cache: KeyValueCache | None, start: int, stop: int
-        ) -> tuple[jax.Array, KeyValueCache | None]:
-            """One pass over x and the thoughts there are; its outputs at slots start .. stop - 1 of every token."""
-            thoughts = [] if z_BQD is None else split(z_BQD, z_BQD.shape[1] // num_tokens)
-            slots = 1 + len(thoughts)
-            x_BSD = shard_activation(interleave([x_BTD, *thoughts]), "batch", "slots", None)
-            ids = repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots)
-            return backbone(x_BSD, *ids, cache, kept=SlotRange(slots, start, stop))
-
+        ids = positions_BT, segment_ids_BT
         z_BQD = None
-        for k in range(num_thoughts):
-            z_BQD, _ = apply_pass(backbone, z_BQD, None, 0, k + 1)
-        counted_BQ = repeat_ids(segment_ids_BT > 0, num_thoughts)
+        for _ in range(num_thoughts):
+            z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids)
+        counted_BQ1 = None if counted_BT is None else repeat_ids(counted_BT, num_thoughts)[..., None]
 
         def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
             _, residual_B, num_passes = carry
@@ -181,16 +204,36 @@ class Latent(Recurrence):
 
         def refine(backbone: nn.Module, carry: tuple) -> tuple:
             z_BQD, _, num_passes = carry
-            new_BQD, _ = apply_pass(backbone, z_BQD, None, 0, num_thoughts)
-            return new_BQD, row_residuals(new_BQD, z_BQD, counted_BQ), num_passes + 1
+            new_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids, stop=num_thoughts)
+            return new_BQD, _row_residuals(new_BQD, z_BQD, counted_BQ1), num_passes + 1
 
         start = (z_BQD, jnp.full((batch_size,), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
-        z_BQD, residual_B, num_passes = nn.while_loop(
+        return nn.while_loop(
             is_unsettled, refine, backbone, start, broadcast_variables="params", split_rngs={"params": False}
         )
-        cache = cache.replace(is_prefill=True)
-        h_BTD, cache = apply_pass(backbone, z_BQD, cache, num_thoughts, num_thoughts + 1)
-        return Prefilled(h_BTD[:, -1], cache.replace(is_prefill=False), residual_B, num_passes)
+
+
+def _apply_pass(
+    backbone: nn.Module,
+    x_BTD: jax.Array,
+    z_BQD: jax.Array | None,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    start: int = 0,
+    stop: int | None = None,
+    cache: KeyValueCache | None = None,
+) -> tuple[jax.Array, KeyValueCache | None]:
+    """One pass over x and the thoughts there are; its outputs at slots start .. stop - 1 of every token, and the cache.
+
+    Args:
+      stop: None: to the last slot.
+      cache: is filled with all slots; None: there is none.
+    """
+    thoughts = [] if z_BQD is None else split(z_BQD, z_BQD.shape[1] // x_BTD.shape[1])
+    slots = 1 + len(thoughts)
+    x_BSD = shard_activation(interleave([x_BTD, *thoughts]), "batch", "slots", None)
+    ids = repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots)
+    return backbone(x_BSD, *ids, cache, kept=SlotRange(slots, start, slots if stop is None else stop))
 
 
 def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
@@ -199,9 +242,9 @@ def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(new_BQD - old_BQD)) / jnp.mean(jnp.square(new_BQD)))
 
 
-def row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ: jax.Array) -> jax.Array:
-    """As `thought_residual`, of each row, over the slots that count: float32 (B,)."""
-    weight_BQ1 = counted_BQ.astype(jnp.float32)[..., None]
-    new_BQD, old_BQD = new_BQD.astype(jnp.float32), old_BQD.astype(jnp.float32)
-    change_B, size_B = (jnp.sum(jnp.square(z) * weight_BQ1, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
+def _row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> jax.Array:
+    """As `thought_residual`, for each row, over the slots that count: float32 (B,)."""
+    weight = 1.0 if counted_BQ1 is None else counted_BQ1.astype(jnp.float32)
+    new_BQD, old_BQD = (z.astype(jnp.float32) for z in (new_BQD, old_BQD))
+    change_B, size_B = (jnp.sum(jnp.square(z) * weight, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
     return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))

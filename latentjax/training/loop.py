@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from latentjax.training.progress import TrainProgress
 from latentjax.training.recorder import Recorder
 from latentjax.training.rewinding import rewind
 from latentjax.training.sampling import sample_text
+from latentjax.training.scoring import Refinement, Scorer, ScoreTasks
 from latentjax.training.signals import StopRequest
 from latentjax.training.start import ReadParams, Run, prepare_run
 from latentjax.training.state import TrainState
@@ -37,6 +39,7 @@ def train(
     stop: StopRequest,
     watchdog: Watchdog | None = None,
     initial_params: ReadParams | None = None,
+    score_tasks: ScoreTasks | None = None,
 ) -> dict[str, Any] | None:
     """Trains to `train.num_steps`, resuming where the run in `workdir` is.
 
@@ -46,6 +49,7 @@ def train(
       watchdog: is told where the loop is, so that others see whether it hangs; None where there are no others.
       initial_params: gives the parameters that a run begins with; None: random ones. A run that goes on has no use for
         it.
+      score_tasks: runs `train.eval_tasks`, every `train.tasks_every_steps`; None: they are not run.
 
     Returns:
       The summary that the first process has written to summary.json ({} in the others), or None if it was stopped.
@@ -57,6 +61,7 @@ def train(
         run = prepare_run(config, workdir, resources, initial_params)
         if watchdog is not None:
             run.at = watchdog.at
+        run.score_tasks = score_tasks
         # Until here nothing would be lost: signals did what they always do.
         with stop:
             preemption.watch(stop.notice)
@@ -131,16 +136,17 @@ def _steps(
 
         last = step == train.num_steps
         evaluates = last or step % train.eval_every_steps == 0 if train.eval_every_steps else False
+        scores = run.score_tasks is not None and (last or step % train.tasks_every_steps == 0)
         samples = last or step % train.sample_every_steps == 0 if train.sample_every_steps else False
         samples = samples and train.sample_prompts
         saves = last or run.checkpoints.due(step)
-        if last or step % train.log_every_steps == 0 or evaluates:
+        if last or step % train.log_every_steps == 0 or evaluates or scores:
             recorder.note(step, num_iterations, metrics)
-        if not (evaluates or samples or saves):
+        if not (evaluates or scores or samples or saves):
             continue
         run.at(step, "evaluating")
         # The log first: a checkpoint whose metrics are lost would leave a hole that no restart fills.
-        recorder.write((lambda params=state.params: _evaluate(run, params)) if evaluates else None)
+        recorder.write(partial(_judge, run, state.params, step, evaluates, scores) if evaluates or scores else None)
         if recorder.trouble:
             return None, step, recorder.trouble
         recorder.settle()
@@ -174,6 +180,26 @@ def _train_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
     return put_ahead(batches, run.mesh, data.device_prefetch, limit, rows, data.batch_size)
 
 
+def _judge(run: Run, params: Any, step: int, evaluates: bool, scores: bool) -> dict[str, float]:
+    """What the line of a step says of held-out text and of tasks, as far as either is due."""
+    found = _evaluate(run, params) if evaluates else {}
+    if scores:
+        if run.scorer is None:
+            run.scorer = Scorer(
+                run.model,
+                params,
+                run.mesh,
+                refinement=Refinement(run.config.recurrence.num_jacobi_iterations),
+                batch_tokens=run.config.train.eval_tasks_batch_tokens,
+            )
+        run.scorer.params = params
+        run.scorer.at = partial(run.at, step, "running tasks")
+        with run.goodput.part("evaluation"):
+            found |= run.score_tasks(run.scorer, run.sources.tokenizer)
+        run.scorer.params = None  # the next step takes their memory over
+    return found
+
+
 def _evaluate(run: Run, params: Any) -> dict[str, float]:
     data, sources = run.config.data, run.sources
     rows = rows_of_process(run.mesh, data.batch_size)
@@ -197,7 +223,8 @@ def _summary(run: Run, log: MetricsLog) -> dict[str, Any]:
     devices = run.mesh.devices.flat
     # With several sets, also those of each: KEY/NAME.
     evaluation = {key: value for key, value in log.last_evaluation.items() if key.split("/")[0] in EVALUATION_KEYS}
-    scores = {"loss": log.last["loss"], **evaluation}
+    tasks = {key: value for key, value in log.last.items() if key.startswith("task/")}
+    scores = {"loss": log.last["loss"], **evaluation, **tasks}
     return {
         "steps": log.last["step"],
         "tokens": log.last["tokens"],

@@ -125,17 +125,24 @@ def lower_train_step(
         return jitted.lower(state, abstract_batch(config, mesh))
 
 
-def lower_eval_step(config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
-    """Traces the evaluation step, at the recipe's evaluation R; `state` is as in `lower_train_step`."""
+def lower_eval_step(
+    config: ConfigDict, model: LanguageModel, mesh: Mesh, params: Any, tolerance: float | None = None
+) -> jax.stages.Lowered:
+    """Traces the evaluation step, at the recipe's evaluation R or to a tolerance (see `make_eval_step`).
+
+    Args:
+      params: abstract or not, with shardings.
+    """
     evaluate = make_eval_step(
         model,
         num_jacobi_iterations=config.recurrence.num_jacobi_iterations,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
+        tolerance=tolerance,
     )
     batch = abstract_batch(config, mesh)
     batch["target_bytes"] = jax.ShapeDtypeStruct(batch["loss_weights"].shape, jnp.int32, sharding=batch_sharding(mesh))
     with sharded_tracing(mesh):
-        return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(state.params, batch)
+        return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(params, batch)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
@@ -166,7 +173,7 @@ def compile_programs(
     iterations = distinct_iterations(model)
     lowerings = [partial(lower_train_step, config, model, mesh, state, each) for each in iterations]
     if evaluates:
-        lowerings.append(partial(lower_eval_step, config, model, mesh, state))
+        lowerings.append(partial(lower_eval_step, config, model, mesh, state.params))
     with ThreadPoolExecutor(max_workers=len(lowerings)) as pool:
         compiled = list(pool.map(lambda lower: compile_lowered(lower(), mesh), lowerings))
     return dict(zip(iterations, compiled, strict=False)), compiled[-1] if evaluates else None

@@ -1,9 +1,39 @@
 """Showing how a run goes: a bar on a terminal, plain lines elsewhere. On stderr."""
 
+import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextlib.contextmanager
+def counting(label: str, total: int, shows: bool = True, stream: TextIO | None = None) -> Iterator[Callable]:
+    """Shows how far something is: `total` of them are to be done; what is yielded is called with each number done."""
+    stream = stream or sys.stderr
+    if shows and stream.isatty():
+        with tqdm(total=total, desc=label, file=stream, dynamic_ncols=True) as bar:
+            yield bar.update
+        return
+    began = said = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal said, done
+        done += count
+        now = time.monotonic()
+        if shows and done < total and now - said >= _SECONDS_BETWEEN_LINES:
+            said = now
+            left = _duration((now - began) / max(done, 1) * (total - done))
+            print(f"{label}: {done:,} of {total:,}, {left} left", file=stream, flush=True)
+
+    yield advance
+    if shows and total:
+        print(f"{label}: {total:,} in {time.monotonic() - began:.1f} s", file=stream, flush=True)
 
 
 class TrainProgress:
@@ -35,8 +65,8 @@ class TrainProgress:
         if self._bar is None:
             self.note(f"step {line['step']}/{self._num_steps}  {_summary(line)}  {_duration(seconds_left)} left")
             return
-        self._bar.set_postfix_str(_summary({key: line[key] for key in line if not key.startswith("eval")}))
-        if "eval_loss" in line:
+        self._bar.set_postfix_str(_summary({key: line[key] for key in line if not key.startswith(("eval", "task/"))}))
+        if "eval_loss" in line or any(key.startswith("task/") for key in line):
             self.note(f"step {line['step']}  {_summary(line)}")
 
     def note(self, text: str) -> None:
@@ -58,6 +88,8 @@ def _summary(line: dict[str, Any]) -> str:
     parts = [f"loss {line['loss']:.4f}"]
     if "eval_loss" in line:
         parts.append(f"eval loss {line['eval_loss']:.4f} ({line['eval_bits_per_byte']:.4f} bits/byte)")
+    tasks = [f"{key.removeprefix('task/')} {value:.4f}" for key, value in line.items() if key.startswith("task/")]
+    parts += [each for each in tasks if "/acc " in each or "/exact_match " in each]
     if line.get("thought_residual") is not None:
         parts.append(f"thought residual {line['thought_residual']:.3f}")
     if line["tokens_per_second"] is not None:

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from latentjax.data.tokenizers.base import Tokenizer
 from latentjax.errors import UserError
-from latentjax.recurrence.decoding import generate
+from latentjax.recurrence.base import rounding_tolerance
+from latentjax.recurrence.choosing import Choice
+from latentjax.recurrence.decoding import continue_prompts, decoding_model, pad_prompts, row_key
 from latentjax.recurrence.language_model import LanguageModel
 
 
@@ -39,24 +40,21 @@ def sample_text(
     """
     train = config.train
     prompts = encode_prompts(tokenizer, train.sample_prompts, train.sample_tokens, config.model.max_position_embeddings)
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    prompts_BP = np.zeros((len(prompts), lengths_B.max()), np.int32)
-    for row, prompt in zip(prompts_BP, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    tokens_BT = generate(
-        model,
+    batch = pad_prompts(prompts, [row_key(train.seed, each, step) for each in prompts], max(map(len, prompts)))
+    tokens_Bn, count = continue_prompts(
+        decoding_model(model, separates=False),
         params,
-        prompts_BP,
-        lengths_B,
-        jax.random.fold_in(jax.random.key(train.seed), step),
-        train.sample_temperature,
-        num_tokens=int(lengths_B.max()) + train.sample_tokens,
+        batch,
+        Choice.of(train.sample_temperature, num_ids=min(tokenizer.vocab_size, config.model.vocab_size)),
+        np.array([tokenizer.eod_id], np.int32),
+        num_tokens=train.sample_tokens,
+        tolerance=rounding_tolerance(config.model.dtype),
     )
-    if not tokens_BT.is_fully_addressable:
-        tokens_BT = multihost_utils.process_allgather(tokens_BT, tiled=True)
+    if not tokens_Bn.is_fully_addressable:
+        tokens_Bn, count = multihost_utils.process_allgather((tokens_Bn, count), tiled=True)
     texts = []
-    for prompt, row, length in zip(train.sample_prompts, np.asarray(tokens_BT), lengths_B, strict=True):
-        continuation = row[length : length + train.sample_tokens].tolist()
+    for prompt, row in zip(train.sample_prompts, np.asarray(tokens_Bn), strict=True):
+        continuation = row[: int(count)].tolist()
         if tokenizer.eod_id in continuation:
             continuation = continuation[: continuation.index(tokenizer.eod_id)]
         texts.append((prompt, tokenizer.decode(continuation, continued=True)))

@@ -26,6 +26,7 @@ from latentjax.training.goodput import Goodput
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.sampling import encode_prompts
+from latentjax.training.scoring import Scorer, ScoreTasks
 from latentjax.training.signals import ending_at_once
 from latentjax.training.state import TrainState, abstract_state, create_state, state_from_params
 
@@ -73,6 +74,8 @@ class Run:
     goodput: Goodput
     initial_params: ReadParams | None = None  # what the run begins with; None: random ones
     at: Callable[[int, str], None] = lambda step, doing: None  # is told where the loop is (`Watchdog.at`)
+    score_tasks: ScoreTasks | None = None  # runs tasks, with a scorer made when it is first needed
+    scorer: Scorer | None = None
     # From here on set by `load_state`.
     state: TrainState | None = None
     start_step: int = 0

@@ -75,26 +75,45 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, *, num_jacobi_iterations: int, loss_chunk_tokens: int
+    model: LanguageModel, *, num_jacobi_iterations: int, loss_chunk_tokens: int, tolerance: float | None = None
 ) -> Callable[[Any, Batch], Metrics]:
     """Returns evaluate(params, batch) -> sums over the batch, float32 scalars.
 
     `loss_sum` in nats and `weight_sum` give the loss; `text_bytes` (int32) is the sum of the batch's `target_bytes`;
     `thought_residual` is that of the last refinement pass, present where the method has any.
+
+    With a `tolerance` there are, in place of R, as many passes as `Recurrence.forward_until` needs for it: `passes`
+    says how many, and the residual is that of the row that was last to settle.
     """
+
+    def evaluate_until(params: Any, batch: Batch) -> Metrics:
+        hidden_BTD, residual_B, passes = model.apply(
+            {"params": params},
+            batch["tokens"][:, :-1],
+            tolerance=tolerance,
+            positions_BT=batch.get("positions"),
+            segment_ids_BT=batch.get("segment_ids"),
+            method="hidden_until",
+        )
+        total = _loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens)
+        return _sums(total, batch) | {"thought_residual": jnp.max(residual_B), "passes": passes}
 
     def evaluate(params: Any, batch: Batch) -> Metrics:
         total, residual_R = summed_loss(model, params, batch, num_jacobi_iterations, loss_chunk_tokens)
-        sums = {
-            "loss_sum": total,
-            "weight_sum": jnp.sum(batch["loss_weights"]),
-            "text_bytes": jnp.sum(batch["target_bytes"]),
-        }
+        sums = _sums(total, batch)
         if residual_R is not None and residual_R.shape[0]:
             sums["thought_residual"] = residual_R[-1]
         return sums
 
-    return evaluate
+    return evaluate if tolerance is None else evaluate_until
+
+
+def _sums(loss_sum: jax.Array, batch: Batch) -> Metrics:
+    return {
+        "loss_sum": loss_sum,
+        "weight_sum": jnp.sum(batch["loss_weights"]),
+        "text_bytes": jnp.sum(batch["target_bytes"]),
+    }
 
 
 def summed_loss(
@@ -109,14 +128,20 @@ def summed_loss(
         segment_ids_BT=batch.get("segment_ids"),
         method="hidden",
     )
-    total = next_token_loss(
+    return _loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens), residual_R
+
+
+def _loss_of_hidden(
+    model: LanguageModel, params: Any, hidden_BTD: jax.Array, batch: Batch, loss_chunk_tokens: int
+) -> jax.Array:
+    """The weighted sum of cross-entropy of the batch's targets, where the head reads hidden_BTD."""
+    return next_token_loss(
         lambda hidden: model.apply({"params": params}, hidden, method="logits"),
         hidden_BTD,
         batch["tokens"][:, 1:],
         batch["loss_weights"],
         chunk_tokens=loss_chunk_tokens,
     )
-    return total, residual_R
 
 
 def _count(counts: Counts, skipped: jax.Array, weights_BT: jax.Array | None) -> Counts:

@@ -33,12 +33,16 @@ def write(folder, model, dtype="float32"):
     return folder
 
 
-@pytest.mark.parametrize("num_thoughts", [0, 1, 2])
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
+# The others on GPT-NeoX and LLaMA have the reference's numbers (test_modeling.py): GPT-2 has none.
+MODELS = [(architecture, "latent", count) for architecture in ("gpt_neox", "llama", "gpt2") for count in (0, 1, 2)]
+MODELS += [("gpt2", "pause", 2), ("gpt2", "loop", 2), ("gpt2", "ponder", 1), ("gpt_neox", "ponder", 2)]
+
+
+@pytest.mark.parametrize(("architecture", "method", "num_thoughts"), MODELS)
 @torch.no_grad()
-def test_logits_and_greedy_tokens(architecture, num_thoughts, tmp_path):
+def test_logits_and_greedy_tokens(architecture, method, num_thoughts, tmp_path):
     """At our own R without a cache; with it, prompts of different lengths in one batch, padded on the left."""
-    model, ids = language_model(num_thoughts, architecture), tokens(2, 14)
+    model, ids = language_model(num_thoughts, architecture, method=method), tokens(2, 14)
     folder = write(tmp_path / "model", model)
     vanilla = num_thoughts == 0
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not vanilla).eval()
