@@ -1,4 +1,8 @@
-"""The backbone f: the whole stack of layers and the final norm."""
+"""The backbone f: the whole stack of layers and the final norm.
+
+All layers but the last are scanned, so that one is traced for all of them (unless `ModelSpec.separates`). The last
+stands alone: often a part of its outputs is thrown away, and then only its keys and values are computed for all slots.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -92,7 +96,7 @@ class Backbone(nn.Module):
             stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5, 6, 7))
         x_BSD = x_BSD.astype(self.spec.compute_dtype)
         hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
-        return hidden_BQD, None if cache is None else cache.advance(num_slots)
+        return hidden_BQD, None if cache is None else cache.advance(self.spec.num_layers, num_slots)
 
 
 def _apply_stack(

@@ -104,6 +104,11 @@ class Loop(Recurrence):
                 x_BTD, cache = carry
                 return backbone(x_BTD, *ids, cache, begins=False, ends=False), None
 
+            if backbone.spec.separates:  # see `KeyValueCache.first_array`
+                for _ in range(num_middle):
+                    carry, _ = run_again(backbone, carry, None)
+                x_BTD, cache = carry
+                return backbone(x_BTD, *ids, cache, begins=False)
             scanned = nn.scan(
                 run_again,
                 variable_broadcast="params",

@@ -115,6 +115,10 @@ class Ponder(Recurrence):
             x_BTD = x_BTD + vocabulary.expected_embedding(hidden_BTD, chunk_tokens=self.chunk_tokens)
             return (shard_activation(x_BTD, "batch", "slots", None), cache), None
 
+        if backbone.spec.separates:  # see `KeyValueCache.first_array`
+            for _ in range(self.num_steps):
+                (x_BTD, cache), _ = ponder(backbone, (x_BTD, cache), None)
+            return backbone(x_BTD, *ids, cache)
         scanned = nn.scan(
             ponder,
             variable_broadcast="params",
