@@ -55,6 +55,26 @@ def open_directory(directory: epath.Path) -> list[int]:
         ) from error
 
 
+def complete_steps(directory: epath.Path) -> list[int]:
+    """Returns the steps of the complete checkpoints, ascending, and changes nothing: for a run that may be going on.
+
+    Raises:
+      UserError: the directory cannot be read.
+    """
+    try:
+        names = [path.name for path in directory.iterdir()]
+        steps = sorted(int(name) for name in names if name.isdigit())
+        if is_remote(directory):
+            steps = [step for step in steps if (directory / str(step) / _COMPLETE).exists()]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # as in `open_directory`
+        if not is_remote(directory) and not isinstance(error, OSError):
+            raise
+        raise UserError(f"cannot read the checkpoints in {directory} ({one_line(error)}): mend that") from error
+    return steps
+
+
 def _entries(directory: epath.Path) -> list[epath.Path]:
     """What lies in the directory; behind a URL one that holds nothing is not there at all."""
     try:
@@ -63,24 +83,6 @@ def _entries(directory: epath.Path) -> list[epath.Path]:
         if not is_remote(directory):
             raise
         return []
-
-
-def complete_steps(directory: epath.Path) -> list[int]:
-    """Returns the steps of the complete checkpoints, ascending, and changes nothing: for a run that may be going on.
-
-    Raises:
-      UserError: the directory cannot be read.
-    """
-    try:
-        names = [path.name for path in directory.iterdir()] if directory.exists() else []
-        steps = sorted(int(name) for name in names if name.isdigit())
-        if is_remote(directory):
-            steps = [step for step in steps if (directory / str(step) / _COMPLETE).exists()]
-    except Exception as error:  # as in `open_directory`
-        if not is_remote(directory) and not isinstance(error, OSError):
-            raise
-        raise UserError(f"cannot read the checkpoints in {directory} ({one_line(error)}): mend that") from error
-    return steps
 
 
 def drop_unfinished(directory: epath.Path) -> None:
