@@ -33,7 +33,8 @@ def write(directory, tensors, num_files=1, **config):
     """A folder of tensors, spread over files with an index."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    files = {name: f"part-{number % num_files}.safetensors" for number, name in enumerate(tensors)}
+    part = -(-len(tensors) // num_files)
+    files = {name: f"part-{number // part}.safetensors" for number, name in enumerate(sorted(tensors))}
     for file in set(files.values()):
         save_file({name: array for name, array in tensors.items() if files[name] == file}, directory / file)
     (directory / INDEX).write_text(json.dumps({"weight_map": files}))
@@ -42,9 +43,9 @@ def write(directory, tensors, num_files=1, **config):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A folder of 33 MB in bfloat16, of which the largest tensors have 2."""
-    sizes = {"num_layers": 5, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 1000}
-    model, rng = language_model(0, **sizes), np.random.default_rng(0)
+    """A LLaMA folder of 33 MB in bfloat16, of which the largest tensors, which follow one another, have 2."""
+    sizes = {"num_layers": 4, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 1000}
+    model, rng = language_model(0, "llama", **sizes), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     shapes = {path: leaf.shape for path, leaf in flatten_dict(nn.meta.unbox(shapes)["params"], sep="/").items()}
     tensors = {}
@@ -53,8 +54,9 @@ def wide(tmp_path_factory):
             values = rng.random(shapes[parameter][0 if row is None else 1 :], np.float32)
             tensors[name] = np.ascontiguousarray(entry.write(values, model.spec)).astype(ml_dtypes.bfloat16)
     return write(
-        tmp_path_factory.mktemp("wide"), tensors, 3, model_type="gpt_neox", num_hidden_layers=5, hidden_size=512,
-        num_attention_heads=2, intermediate_size=2048, vocab_size=1000, max_position_embeddings=64, rotary_pct=0.5,
+        tmp_path_factory.mktemp("wide"), tensors, 3, model_type="llama", num_hidden_layers=4, hidden_size=512,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=2048, vocab_size=1000,
+        max_position_embeddings=64,
     ), tensors  # fmt: skip
 
 
