@@ -22,7 +22,7 @@ DIRECTORY = Path(__file__).parent / "fixtures" / "golden_curves"
 NUM_STEPS = 100
 KEYS = ("loss", "grad_norm")
 
-# Method, architecture, C, and the values that R is drawn from.
+# Method, architecture, C (or what stands for it), and the values that R is drawn from.
 CURVES = {
     "vanilla-gpt_neox": ("vanilla", "gpt_neox", 0, (0,)),
     "vanilla-llama": ("vanilla", "llama", 0, (0,)),
@@ -32,6 +32,12 @@ CURVES = {
     "latent-c1-gpt2": ("latent", "gpt2", 1, (1, 2)),
     "latent-c2-gpt_neox": ("latent", "gpt_neox", 2, (2,)),
     "latent-c2-llama": ("latent", "llama", 2, (2,)),
+    "ponder-2-gpt_neox": ("ponder", "gpt_neox", 2, (0,)),
+    "ponder-1-llama": ("ponder", "llama", 1, (0,)),
+    "loop-1-gpt_neox": ("loop", "gpt_neox", 1, (0,)),
+    "loop-2-llama": ("loop", "llama", 2, (0,)),
+    "pause-1-gpt_neox": ("pause", "gpt_neox", 1, (0,)),
+    "pause-2-llama": ("pause", "llama", 2, (0,)),
 }
 
 _WORDS = "a thought is fed back before each token and the model reads what it has written so far".split()  # noqa: SIM905

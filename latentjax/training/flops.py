@@ -64,6 +64,21 @@ def vocabulary_flops(spec: ModelSpec, recurrence: Recurrence) -> float:
     return (1 + recurrence.vocabulary_products) * 2.0 * spec.hidden_size * spec.vocab_size
 
 
+def decode_flops_per_token(spec: ModelSpec, recurrence: Recurrence, sequence_length: int) -> float:
+    """Model FLOPs of decoding with a cache, per token, on average over a sequence that grows to `sequence_length`.
+
+    Decoding leaves nothing out: whatever slots and passes a token has, all layers are computed for them.
+    """
+    slot = forward_flops_per_slot(spec, recurrence.slots_per_token * sequence_length)
+    return recurrence.forwards_per_token * slot + vocabulary_flops(spec, recurrence)
+
+
+def cache_bytes_per_token(spec: ModelSpec, recurrence: Recurrence) -> int:
+    """Bytes of a token's keys and values in decoding: of all its slots, passes and layers, in the compute dtype."""
+    numbers = 2 * spec.num_layers * spec.kv_heads * spec.head_dim
+    return recurrence.forwards_per_token * numbers * spec.compute_dtype.itemsize
+
+
 def peak_flops(device: jax.Device) -> float | None:
     """FLOP/s that one device could do: from the table; for a CPU, measured on a float32 matrix product; else None.
 

@@ -2,18 +2,13 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import cross_entropy, language_model, model_spec, params_of, tokens
+from tiny import cross_entropy, language_model, params_of, tokens
 
 from latentjax.models import gpt_neox
-from latentjax.models.slots import ALL_SLOTS
-from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import RecurrenceSpec
-from latentjax.recurrence.methods import make_recurrence
 
 
 def logits_of(model, tokens_BT, num_jacobi_iterations, **packing):
@@ -129,54 +124,6 @@ def test_without_thoughts_it_is_vanilla():
     params = [jax.jit(model.init)(jax.random.key(3), tokens(1, 4)) for model in (latent, vanilla)]
     jax.tree.map(np.testing.assert_array_equal, *params)
     np.testing.assert_array_equal(logits_of(latent, tokens(2, 6), 3), logits_of(vanilla, tokens(2, 6), 0))
-
-
-class MarkedBackbone(nn.Module):
-    """Stands in for a backbone: its tanh, which nothing else computes, marks where it is fed."""
-
-    spec: ModelSpec = model_spec()
-
-    @nn.compact
-    def __call__(self, x_BSD, positions_BS, segment_ids_BS=None, cache=None, kept=ALL_SLOTS):
-        scale = self.param("scale", nn.initializers.ones, ())
-        assert positions_BS.shape[1] == x_BSD.shape[1]
-        return kept.take(jnp.tanh(scale * x_BSD)), cache
-
-
-def slots_fed(jaxpr):
-    """Slots that go through the marked backbone when the program runs: the body of a scan counts once a turn."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "tanh":
-            total += equation.outvars[0].aval.shape[1]
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if inner is not None:
-            total += equation.params.get("length", 1) * slots_fed(getattr(inner, "jaxpr", inner))
-    return total
-
-
-@pytest.mark.parametrize("num_thoughts", [0, 1, 2, 3])
-@pytest.mark.parametrize("iterations", [0, 3])
-def test_token_forwards_counts_the_slots_fed(num_thoughts, iterations):
-    """C (C + 1) / 2 + (R + 1) (C + 1) per token, 1 where C = 0; decoding takes C + 1."""
-    recurrence = make_recurrence(RecurrenceSpec("latent", num_thoughts, iterations, (iterations,), 0, True, -1, 0))
-    variables = {"params": {"scale": jnp.ones(())}}
-    x_BTD, positions_BT = jnp.ones((2, 5, 4)), jnp.arange(5)[None]
-
-    def forward(backbone):
-        return recurrence.forward(
-            backbone, x_BTD, positions_BT, None, vocabulary=None, num_jacobi_iterations=iterations
-        )
-
-    def decode(backbone):
-        return recurrence.decode(backbone, x_BTD[:, 0], jnp.zeros(2, jnp.int32), None, jnp.zeros(()), vocabulary=None)
-
-    def count(function):
-        return slots_fed(jax.make_jaxpr(nn.apply(function, MarkedBackbone()))(variables).jaxpr)
-
-    expected = num_thoughts * (num_thoughts + 1) / 2 + (iterations + 1) * (num_thoughts + 1) if num_thoughts else 1
-    assert count(forward) / 5 == recurrence.token_forwards(iterations) == expected
-    assert count(decode) == recurrence.slots_per_token == num_thoughts + 1
 
 
 def test_one_layer_is_traced_however_many_layers_and_passes(monkeypatch):
