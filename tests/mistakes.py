@@ -39,6 +39,7 @@ _COUNTS = [
     "train.loss_chunk_tokens",
     "checkpoint.keep_every_steps",
     "recurrence.backprop_passes",
+    "recurrence.ponder_chunk_tokens",
 ]
 _LIMITED = {
     "recurrence.num_latent_thoughts": "100000",
@@ -57,6 +58,7 @@ OUT_OF_RANGE = (
     | dict.fromkeys(_COUNTS, ("-1", "-3", "1e19"))
     | {key: ("-1", "-2", largest) for key, largest in _LIMITED.items()}
     | {
+        "recurrence.pause_token_id": ("-2", "257", HUGE),  # of 257 rows
         "model.rotary_fraction": ("-0.25", "1.5", INF),
         "model.rope_theta": ("0", "-1e4", "1e39", INF),
         "model.norm_epsilon": ("0", "-1e-5", "2", INF),
@@ -206,6 +208,9 @@ def contradiction(draw: random.Random, directory: Path) -> Mistake:
             (["data.tokenizer=sentencepiece", f"data.tokenizer_vocab_size={odd}"], ["vocabulary of"]),
             (["data.tokenizer=sentencepiece", f"data.tokenizer_vocab_size={10**6 + odd}"], ["vocabulary of"]),
             (["data.path=a\0b"], ["data.path"]),
+            ([f"recurrence.method={draw.choice(['loop', 'ponder'])}", f"recurrence.backprop_passes={odd}"],
+             ["recurrence.backprop_passes"]),
+            (["recurrence.method=pause"], ["recurrence.pause_token_id"]),  # the last row is the tokenizer's
             (["train.sample_prompts=\udcff"], ["train.sample_prompts"]),
         ]
     )  # fmt: skip

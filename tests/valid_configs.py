@@ -72,13 +72,16 @@ def _model(draw: random.Random) -> dict[str, Any]:
 
 
 def _recurrence(draw: random.Random) -> dict[str, Any]:
+    method = draw.choice(["vanilla", "latent", "latent", "ponder", "loop", "pause"])
     knobs = {
-        "method": draw.choice(["vanilla", "latent"]),  # vanilla passes over how many thoughts there would be
+        "method": method,  # vanilla passes over how many thoughts there would be
         "num_latent_thoughts": draw.choice([0, 1, 2, 4]),
         "num_jacobi_iterations": draw.choice([0, 3, 20]),
         "train_jacobi_iterations": draw.choice([(0,), (2, 3, 4), (2, 2, 3), (5,), (4, 1)]),
-        "backprop_passes": draw.choice([0, 1, 3, 99]),
+        "backprop_passes": 0 if method in ("ponder", "loop") else draw.choice([0, 1, 3, 99]),
         "scale_embeddings": draw.random() < 0.5,
+        "pause_token_id": draw.choice([0, 256] if method == "pause" else [-1, 0, 256]),
+        "ponder_chunk_tokens": draw.choice([0, 1, 3, 10**6]),
     }
     return {"recurrence": knobs}
 

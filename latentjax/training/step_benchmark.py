@@ -175,7 +175,7 @@ def benchmark_steps(config: ConfigDict, thoughts: Sequence[int], rounds: int, st
         recurrence, abstract = make_recurrence(model.recurrence_spec), abstract_state(model, optimizer, mesh)
         num_tokens = each.data.batch_size * each.data.sequence_length
         for iterations in distinct_iterations(model):
-            key = (recurrence.slots_per_token - 1, iterations)
+            key = (recurrence.forwards_per_token - 1, iterations)
             progress.note(f"C={key[0]} R={key[1]}: compiling")
             start = time.perf_counter()
             lowered = lower_train_step(each, model, mesh, abstract, iterations)

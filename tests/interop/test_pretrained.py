@@ -158,6 +158,14 @@ def assert_error(directory, pattern):
         ({"attention_bias": False}, r"config\.json: attention_bias=False"),
         ({"interpolation": True}, r"config\.json: interpolation=True"),
         ({"method": "guess"}, r"config\.json: method='guess'.*vanilla.*latent"),
+        ({"method": ["latent"]}, r"config\.json: method=\['latent'\]"),
+        ({"method": "ponder", "interpolation": False}, r"config\.json: interpolation=False.*method='ponder'"),
+        (
+            {"method": "ponder", "interpolation": True, "residual_interpolated_embeds": False},
+            r"config\.json: residual_interpolated_embeds=False",
+        ),
+        ({"method": "pause"}, r"config\.json: 'pause_token_id' is missing"),
+        ({"method": "pause", "pause_token_id": 96}, r"config\.json: pause_token_id=96 is no token of vocab_size=96"),
         ({"head_dim": 16}, r"config\.json: head_dim=16"),
     ],
 )
@@ -271,3 +279,22 @@ def test_spec_of_a_llama_folder():
     assert model.recurrence_spec.method == "vanilla"
     latent = load_pretrained(CASES / NEOX)[0].recurrence_spec
     assert (latent.method, latent.num_latent_thoughts, latent.num_jacobi_iterations) == ("latent", 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "number", "pause"),
+    [
+        ("gpt_neox-vanilla", "vanilla", 0, -1),
+        ("llama-loop-2", "loop", 2, -1),
+        ("llama-ponder-2", "ponder", 2, -1),
+        ("gpt_neox-pause-1", "pause", 1, 95),
+    ],
+)
+def test_methods_of_the_reference(case, method, number, pause):
+    """By name; and all but loop, whose configs have nothing of its own, by their other keys too."""
+    config = json.loads((CASES / case / "config.json").read_text())
+    nameless = {key: value for key, value in config.items() if key != "method"}
+    for each in [config] if method == "loop" else [config, nameless]:
+        _, recurrence = specs_from_config(each, case)
+        assert (recurrence.method, recurrence.num_latent_thoughts) == (method, number)
+        assert recurrence.pause_token_id == pause

@@ -1,6 +1,5 @@
 """Ponder, loop and pause against what they are defined to be; cached decoding; causality, documents, recomputation."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,18 +8,25 @@ import numpy as np
 import pytest
 from tiny import cross_entropy, language_model, params_of, tokens
 
+from latentjax.config import default
 from latentjax.models import llama
+from latentjax.training.mesh import arrange_mesh
+from latentjax.training.programs import sharded_tracing
+from latentjax.training.state import abstract_params
 
 NUMBERS = {"ponder": 2, "loop": 3, "pause": 2}
 # What the parity cases do not have: GPT-2 with its tied head and positions, ponder on GPT-NeoX, a loop of many runs.
-CASES = (("ponder", "gpt_neox"), ("ponder", "gpt2"), ("loop", "llama"), ("loop", "gpt2"), ("pause", "gpt2"))
+CASES = (("ponder", "gpt_neox"), ("ponder", "gpt2"), ("loop", "gpt2"), ("pause", "gpt2"))
+ARCHITECTURES = {"ponder": "gpt_neox", "loop": "gpt2", "pause": "gpt2"}  # where one is enough
+VOCAB_SIZE = 32
 TOKENS_BT = tokens(2, 6)
 every_method = pytest.mark.parametrize("method", NUMBERS)
 every_case = pytest.mark.parametrize(("method", "architecture"), CASES)
 
 
-def model_of(method, architecture="llama", number=None, **changes):
-    return language_model(number or NUMBERS[method], architecture, method=method, **changes)
+def model_of(method, architecture=None, number=None, **changes):
+    architecture = architecture or ARCHITECTURES[method]
+    return language_model(number or NUMBERS[method], architecture, method=method, vocab_size=VOCAB_SIZE, **changes)
 
 
 def loss_and_gradients(logits_of, params):
@@ -63,9 +69,8 @@ def ponder_written_out(model, params):
 def loop_written_out(model, params):
     """A vanilla model with N + 1 times the layers, each of which comes N + 1 times."""
     times = NUMBERS["loop"] + 1
-    deep = dataclasses.replace(
-        language_model(0, model.spec.architecture, num_layers=times * model.spec.num_layers, tie_embeddings=False)
-    )
+    changes = {"num_layers": times * model.spec.num_layers, "tie_embeddings": False, "vocab_size": VOCAB_SIZE}
+    deep = language_model(0, model.spec.architecture, **changes)
     backbone, table_VD = params["backbone"], params["embedding"]["embedding"]
     once = jax.tree.map(lambda some, last: jnp.concatenate([some, last[None]]), backbone["layers"],
                         backbone["last_layer"])  # fmt: skip
@@ -79,10 +84,10 @@ def loop_written_out(model, params):
 def pause_written_out(model, params):
     """A vanilla model that reads the last token of the vocabulary behind every other, at the same position."""
     slots = NUMBERS["pause"] + 1
-    vanilla = language_model(0, model.spec.architecture, tie_embeddings=False)
+    vanilla = language_model(0, model.spec.architecture, tie_embeddings=False, vocab_size=VOCAB_SIZE)
     table_VD = params["embedding"]["embedding"]
     params = {"head": {"kernel": table_VD.T}} | params | {"embedding": {"embedding": 4.0 * table_VD}}
-    paused_BS = np.full((2, slots * TOKENS_BT.shape[1]), 28)
+    paused_BS = np.full((2, slots * TOKENS_BT.shape[1]), VOCAB_SIZE - 1)
     paused_BS[:, ::slots] = TOKENS_BT
     positions_BS = jnp.repeat(jnp.arange(TOKENS_BT.shape[1]), slots)[None]
     return vanilla.apply({"params": params}, paused_BS, positions_BT=positions_BS)[:, slots - 1 :: slots]
@@ -155,20 +160,36 @@ def test_documents_in_a_row_do_not_know_of_each_other(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "architecture", "changes"),
-    [("loop", "llama", {"remat": "keep_pass_inputs"}), ("ponder", "gpt_neox", {"loops": "unrolled"})],
+    ("method", "changes"),
+    [("loop", {"remat": "keep_pass_inputs"}), ("ponder", {"loops": "unrolled"})],
     ids=["keep_pass_inputs", "unrolled"],
 )
-def test_remat_and_unrolled_loops_change_neither_loss_nor_gradients(method, architecture, changes):
-    loss, _, gradients = computed(model_of(method, architecture))
-    changed_loss, _, changed = computed(model_of(method, architecture, **changes))
+def test_remat_and_unrolled_loops_change_neither_loss_nor_gradients(method, changes):
+    loss, _, gradients = computed(model_of(method))
+    changed_loss, _, changed = computed(model_of(method, **changes))
     np.testing.assert_allclose(changed_loss, loss, rtol=1e-6)
     assert_same_gradients(changed, gradients, 1e-5)
 
 
+@pytest.mark.parametrize("method", ["ponder", "pause"])
+def test_on_a_mesh(method):
+    """Parameters, rows, slots and vocabulary over eight devices: the same loss and gradients."""
+    model = model_of(method)
+    loss, _, gradients = computed(model)
+    sizes = default().mesh
+    sizes.update(data=1, fsdp=2, sequence=2, tensor=2)
+    mesh = arrange_mesh(sizes, jax.devices())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
+    params = jax.device_put(params_of(model), shardings)
+    with sharded_tracing(mesh):
+        mesh_loss, _, on_mesh = loss_and_gradients(lambda params: model.apply({"params": params}, TOKENS_BT), params)
+    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-6)
+    assert_same_gradients(on_mesh, gradients, 1e-5)
+
+
 def test_ponder_by_chunks_of_tokens():
     """The same loss and gradients; neither forward nor backward holds all probabilities at once."""
-    whole, chunked = (model_of("ponder", "gpt_neox", ponder_chunk_tokens=tokens) for tokens in (0, 4))
+    whole, chunked = (model_of("ponder", ponder_chunk_tokens=chunk_tokens) for chunk_tokens in (0, 4))
     loss, _, gradients = computed(whole)
     chunked_loss, _, chunked_gradients = computed(chunked)
     np.testing.assert_allclose(chunked_loss, loss, rtol=1e-6)
@@ -178,9 +199,9 @@ def test_ponder_by_chunks_of_tokens():
         hidden = lambda params: model.apply({"params": params}, TOKENS_BT, method="hidden")[0].sum()  # noqa: E731
         return str(jax.make_jaxpr(jax.grad(hidden))(params_of(model)))
 
-    assert "[2,6,29]" in held(whole)
-    assert "[2,3,29]" in held(chunked)
-    assert not any(shape in held(chunked) for shape in ("[2,6,29]", "[2,2,3,29]"))
+    assert "[2,6,32]" in held(whole)
+    assert "[2,3,32]" in held(chunked)
+    assert not any(shape in held(chunked) for shape in ("[2,6,32]", "[2,2,3,32]"))
 
 
 def test_probabilities_are_not_kept_for_the_backward_pass():
@@ -189,7 +210,7 @@ def test_probabilities_are_not_kept_for_the_backward_pass():
     hidden = lambda params: model.apply({"params": params}, TOKENS_BT, method="hidden")[0].sum()  # noqa: E731
     kept = jax.eval_shape(lambda params: jax.vjp(hidden, params)[1], params_of(model))
     shapes = {leaf.shape for leaf in jax.tree.leaves(kept)}
-    assert shapes and not any(29 in shape and len(shape) > 2 for shape in shapes)
+    assert shapes and not any(VOCAB_SIZE in shape and len(shape) > 2 for shape in shapes)
 
 
 @pytest.mark.parametrize("method", ["ponder", "loop"])
@@ -199,7 +220,7 @@ def test_layers_are_traced_as_often_however_many_passes(method, monkeypatch):
     monkeypatch.setattr(llama, "self_attention", lambda *a, **k: (calls.append(1), attention(*a, **k))[1])
 
     def traced(number):
-        model = model_of(method, number=number)
+        model = model_of(method, "llama", number)
         params = params_of(model)  # which traces layers as well
         calls.clear()
         program = str(jax.make_jaxpr(model.apply)({"params": params}, TOKENS_BT))

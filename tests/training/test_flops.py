@@ -7,7 +7,15 @@ import pytest
 from tiny import language_model, params_of
 
 from latentjax.recurrence.methods import make_recurrence
-from latentjax.training.flops import forward_flops_per_slot, pass_flops_per_token, peak_flops, train_flops_per_token
+from latentjax.training.flops import (
+    cache_bytes_per_token,
+    causal_attention_flops,
+    decode_flops_per_token,
+    forward_flops_per_slot,
+    pass_flops_per_token,
+    peak_flops,
+    train_flops_per_token,
+)
 from latentjax.training.hardware import CHIPS
 
 
@@ -28,9 +36,13 @@ def matmul_flops(jaxpr) -> float:
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
-@pytest.mark.parametrize(("num_thoughts", "num_iterations"), [(0, 0), (1, 0), (1, 3), (2, 2)])
-def test_forward_flops_are_those_of_the_program(architecture: str, num_thoughts: int, num_iterations: int):
-    model = language_model(num_thoughts, architecture)
+@pytest.mark.parametrize(
+    ("method", "num_thoughts", "num_iterations"),
+    [("latent", 0, 0), ("latent", 1, 0), ("latent", 1, 3), ("latent", 2, 2), ("ponder", 2, 0), ("loop", 2, 0),
+     ("pause", 2, 0)],
+)  # fmt: skip
+def test_forward_flops_are_those_of_the_program(method: str, architecture: str, num_thoughts: int, num_iterations: int):
+    model = language_model(num_thoughts, architecture, method=method)
     spec, recurrence = model.spec, make_recurrence(model.recurrence_spec)
     batch_size, length = 2, 6
     tokens_BT = jnp.zeros((batch_size, length), jnp.int32)
@@ -38,7 +50,8 @@ def test_forward_flops_are_those_of_the_program(architecture: str, num_thoughts:
         lambda params: model.apply({"params": params}, tokens_BT, num_jacobi_iterations=num_iterations)
     )(params_of(model))
 
-    counted = 2.0 * spec.hidden_size * spec.vocab_size  # the head
+    products = 5 if method == "ponder" else 1  # the head; twice the head and the mean of embeddings
+    counted = products * 2.0 * spec.hidden_size * spec.vocab_size
     passes, all_kept = recurrence.passes(num_iterations), recurrence.kept_slots(num_iterations)
     for n, (slots, kept) in enumerate(zip(passes, all_kept, strict=True)):
         counted += pass_flops_per_token(spec, slots, kept, length)
@@ -49,6 +62,25 @@ def test_forward_flops_are_those_of_the_program(architecture: str, num_thoughts:
         half = ((spec.num_layers - 1) * slots + kept) * slots * length / 2
         counted += 4.0 * spec.num_heads * spec.head_dim * (scores - half)
     assert counted * batch_size * length == matmul_flops(traced.jaxpr)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
+@pytest.mark.parametrize("method", ["vanilla", "latent", "ponder", "loop", "pause"])
+def test_decoding_flops_are_those_of_the_program(method: str, architecture: str):
+    """Of one token; a program attends to all that a cache has room for, of which half is counted."""
+    model = language_model(2, architecture, method=method)
+    spec, recurrence, length = model.spec, make_recurrence(model.recurrence_spec), 6
+    cache, ids_B = model.empty_cache(2, length), jnp.zeros(2, jnp.int32)
+    traced = jax.make_jaxpr(lambda params: model.apply({"params": params}, ids_B, ids_B, cache, method="decode"))(
+        params_of(model)
+    )
+    slots = {"latent": 3, "pause": 3}.get(method, 1)
+    forwards = 1 if method == "vanilla" else 3
+    hidden = forwards * spec.num_layers * causal_attention_flops(spec.num_heads * slots * length, spec.head_dim)
+    counted = decode_flops_per_token(spec, recurrence, length) + hidden
+    assert 2 * counted == matmul_flops(traced.jaxpr)
+    size = cache.keys_NBLGK.nbytes + cache.values_NBLGK.nbytes
+    assert size == 2 * length * cache_bytes_per_token(spec, recurrence)
 
 
 def test_backward_counts_twice_a_forward():

@@ -43,7 +43,7 @@ def one_device(monkeypatch):
 def test_a_curve_is_as_it_was(name, one_device):
     found, golden = curve(name, QUICKLY), stored(name)
     assert all(len(golden[key]) == len(found[key]) == golden_curves.NUM_STEPS for key in KEYS)
-    assert golden["loss"][-1] < 0.4 * golden["loss"][0]  # something has been learned
+    assert golden["loss"][-1] < 0.42 * golden["loss"][0]  # something has been learned
     assert excess(name, found) < 1, {key: difference(found, golden, key) for key in KEYS}
 
 
