@@ -174,6 +174,30 @@ def test_a_conversation_goes_on_from_its_cache(name):
     np.testing.assert_array_equal(generated(model, longer, prefill_chunk_size=3), generated(model, longer))
 
 
+@pytest.mark.parametrize("name", ["gpt_neox-latent-c2-r2", "llama-ponder-2"])
+@torch.no_grad()
+def test_tokens_are_taken_back(name):
+    """With all of their slots, in every pass."""
+    model, ids = load(name), ids_of(name)
+    held = model(ids[:, :9], use_cache=True)[modeling._CACHE]
+    held.crop(-3)
+    assert held.get_seq_length() == 6
+    again = model(ids[:, 6:], **{modeling._CACHE: held}).logits
+    assert_close(again, model(ids, use_cache=True).logits[:, 6:])
+
+
+def test_what_is_at_padding_is_no_change():
+    """Nor are numbers that are not finite there, which a row without anything to attend to may have."""
+    mask = torch.tensor([[0, 1, 1]])
+    slots = modeling._Slots(2, torch.zeros(1, 3, 4), mask, None, None)
+    old = torch.ones(1, 3, 1, 4)
+    new = old.clone()
+    new[:, 0] = float("nan")
+    assert slots.relative_change(new, old) == 0
+    new[0, 1, 0, 0] = 3
+    assert slots.relative_change(new, old) == pytest.approx((4 / 16) ** 0.5)
+
+
 @torch.no_grad()
 def test_a_prompt_is_refined_to_the_tolerance(monkeypatch):
     """A tolerance saves passes and keeps what it says; without one the passes end long before the worst case."""
