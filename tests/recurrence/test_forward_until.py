@@ -15,9 +15,8 @@ TOKENS = tokens(3, NUM_TOKENS)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tolerance"))
-def settled(model, tolerance, counted_BT=None):
-    """The logits, each row's residual, and the number of passes."""
-    variables = {"params": params_of(model)}
+def _settled(model, tolerance, params, counted_BT):
+    variables = {"params": params}
     hidden, residual_B, passes = model.apply(
         variables, TOKENS, tolerance=tolerance, counted_BT=counted_BT, method="hidden_until"
     )
@@ -25,26 +24,38 @@ def settled(model, tolerance, counted_BT=None):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_jacobi_iterations"))
-def after(model, num_jacobi_iterations):
-    """The logits and the residual of each pass."""
-    variables = {"params": params_of(model)}
+def _after(model, num_jacobi_iterations, params):
+    variables = {"params": params}
     hidden, residual_R = model.apply(variables, TOKENS, num_jacobi_iterations=num_jacobi_iterations, method="hidden")
     return model.apply(variables, hidden, method="logits"), residual_R
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def sequential(model):
-    """The logits of decoding token by token."""
-
+def _sequential(model, params):
     def feed(cache, inputs):
         token_B, position = inputs
         position_B = jnp.full((len(TOKENS),), position, jnp.int32)
-        logits, cache = model.apply({"params": params_of(model)}, token_B, position_B, cache, method="decode")
+        logits, cache = model.apply({"params": params}, token_B, position_B, cache, method="decode")
         return cache, logits
 
     cache = model.apply({}, len(TOKENS), NUM_TOKENS, method="empty_cache")
     _, logits_TBV = jax.lax.scan(feed, cache, (jnp.asarray(TOKENS.T), jnp.arange(NUM_TOKENS)))
     return logits_TBV.swapaxes(0, 1)
+
+
+def settled(model, tolerance, counted_BT=None):
+    """The logits, each row's residual, and the number of passes."""
+    return _settled(model, tolerance, params_of(model), counted_BT)
+
+
+def after(model, num_jacobi_iterations):
+    """The logits and the residual of each pass."""
+    return _after(model, num_jacobi_iterations, params_of(model))
+
+
+def sequential(model):
+    """The logits of decoding token by token."""
+    return _sequential(model, params_of(model))
 
 
 @pytest.mark.parametrize(("num_thoughts", "architecture"), [(1, "llama"), (2, "gpt_neox")])
@@ -79,5 +90,5 @@ def test_methods_without_refinement_need_none():
     model = language_model(0, method="vanilla")
     logits, residual_B, passes = settled(model, 0.0)
     assert passes == 0 and (residual_B == 0).all()
-    expected = jax.jit(lambda: model.apply({"params": params_of(model)}, TOKENS))()
+    expected = jax.jit(model.apply)({"params": params_of(model)}, TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)

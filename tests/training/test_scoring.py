@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations against logits of each request alone."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -38,10 +39,8 @@ def alone(model: LanguageModel, num_jacobi_iterations: int, requests=REQUESTS) -
     cut = [([*context, *continuation])[-POSITIONS - 1 :] for context, continuation in requests]
     for row, ids in zip(tokens_BT, cut, strict=True):
         row[: len(ids) - 1] = ids[:-1]
-    apply = jax.jit(
-        lambda: model.apply({"params": params_of(model)}, tokens_BT, num_jacobi_iterations=num_jacobi_iterations)
-    )
-    logits_BTV = np.asarray(apply(), np.float64)
+    apply = jax.jit(partial(model.apply, num_jacobi_iterations=num_jacobi_iterations))
+    logits_BTV = np.asarray(apply({"params": params_of(model)}, tokens_BT), np.float64)
     scores = []
     for logits_TV, ids, (_, targets) in zip(logits_BTV, cut, requests, strict=True):
         logits_tV = logits_TV[len(ids) - 1 - len(targets) : len(ids) - 1]
