@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from latentjax.errors import UserError, brief, shown
 
+ALIASES = {"init_from": "train.init_from"}  # other names of knobs, on the command line
 # What messages call the types that values have.
 TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple"}
 
@@ -29,15 +30,15 @@ def default() -> ConfigDict:
     config = ConfigDict()
 
     config.model = model = ConfigDict()
-    model.architecture = "gpt_neox"  # the block: gpt_neox or llama
+    model.architecture = "gpt_neox"  # the block: gpt_neox, llama or gpt2
     model.num_layers = 6  # N
     model.hidden_size = 512  # D
     model.num_heads = 8  # H; the head dimension is hidden_size / num_heads
     model.num_kv_heads = 0  # heads of keys and values (llama); 0: as many as num_heads
     model.intermediate_size = 2048  # F, width of the MLP
     model.vocab_size = 50304  # V, rows of the embedding and columns of the head; may exceed the tokenizer's
-    model.max_position_embeddings = 2048  # longest sequence in tokens; thoughts share their token's position
-    model.rotary_fraction = 0.25  # share of each head that is rotated (gpt_neox; llama rotates all: 1.0)
+    model.max_position_embeddings = 2048  # longest sequence in tokens; a token's slots share its position
+    model.rotary_fraction = 0.25  # share of each head that is rotated (gpt_neox; llama: all, 1.0; gpt2: none, 0.0)
     model.rope_theta = 10000.0  # base of the rotary wavelengths
     model.parallel_residual = True  # gpt_neox: attention and MLP read the same input
     model.norm_epsilon = 1e-5  # added to the variance in every norm
@@ -48,12 +49,14 @@ def default() -> ConfigDict:
     model.remat = "none"  # what the backward pass recomputes: a name of latentjax/models/remat.py
 
     config.recurrence = recurrence = ConfigDict()
-    recurrence.method = "latent"  # how the backbone is applied: vanilla or latent
-    recurrence.num_latent_thoughts = 1  # C, thoughts per token; 0 is a vanilla model
-    recurrence.num_jacobi_iterations = 3  # R in evaluation: refinement passes
-    recurrence.train_jacobi_iterations = (2, 3, 4)  # training draws R from these, uniformly, at every step
-    recurrence.backprop_passes = 0  # gradients flow through this many last passes; 0: through every pass
-    recurrence.scale_embeddings = True  # multiply token embeddings by the method's constant (latent: sqrt(2.5 D))
+    recurrence.method = "latent"  # how the backbone is applied: vanilla, latent, ponder, loop or pause
+    recurrence.num_latent_thoughts = 1  # C; or pauses, pondering steps, runs besides the first; 0 is a vanilla model
+    recurrence.num_jacobi_iterations = 3  # R in evaluation: refinement passes (latent)
+    recurrence.train_jacobi_iterations = (2, 3, 4)  # training draws R from these, uniformly, at every step (latent)
+    recurrence.backprop_passes = 0  # gradients flow through this many last passes (latent); 0: through every pass
+    recurrence.scale_embeddings = True  # of latent by sqrt(2.5 D), of pause and ponder by sqrt(D); loop's always are
+    recurrence.pause_token_id = -1  # the token that pause inserts; -1: the last of the vocabulary, which no text has
+    recurrence.ponder_chunk_tokens = 0  # tokens per sequence whose probabilities ponder holds at once; 0: all
 
     config.data = data = ConfigDict()
     data.path = ""  # a token store, or a raw corpus (file or directory) that becomes one at first use
@@ -92,6 +95,7 @@ def default() -> ConfigDict:
     optimizer.clip_norm = 1.0  # global gradient norm is clipped to this; 0: not clipped
 
     config.train = train = ConfigDict()
+    train.init_from = ""  # begin with the weights of a run, a Hugging Face folder or hub id; "": with random ones
     train.num_steps = 1000  # optimizer steps of the whole run
     train.log_every_steps = 10  # steps between lines of metrics.jsonl
     train.eval_every_steps = 100  # also after the last step; 0: never
@@ -216,12 +220,13 @@ def _place(path: str, error: BaseException) -> str:
 
 
 def set_key(config: ConfigDict, key: str, text: str) -> None:
-    """Sets a dotted key from the text of a command line, as the type of its default.
+    """Sets a dotted key (or one of ALIASES) from the text of a command line, as the type of its default.
 
     Raises:
       UserError: no such key (the nearest is named), or the text is not of the key's type.
     """
     known = flatten(config)
+    key = ALIASES.get(key, key)
     if key not in known:
         names = list(known) + [name.rsplit(".", 1)[1] for name in known]
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)

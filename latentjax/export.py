@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
     """
     flags = _parser().parse_args(argv)
     from latentjax.exporting import ExportRequest, export
-    from latentjax.interop.export import parse_size
     from latentjax.interop.hub_upload import check_repository, push
+    from latentjax.interop.writing import parse_size
 
     request = ExportRequest(
         checkpoint=flags.checkpoint,

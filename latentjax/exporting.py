@@ -5,14 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from latentjax import __version__
 from latentjax.data.held_out import held_out_windows, sample_windows
 from latentjax.data.tokenizers.auto_tokenizer import save_for_transformers
 from latentjax.interop import comparison
-from latentjax.interop import export as folders
-from latentjax.interop.hf_config import config_from_specs, is_vanilla, read_json
+from latentjax.interop import writing as folders
+from latentjax.interop.exported_config import config_from_specs, is_vanilla
+from latentjax.interop.hf_config import read_json
 from latentjax.interop.hub import CONFIG, find_folder
 from latentjax.interop.model_card import model_card
 from latentjax.opening import OpenedModel, open_model
@@ -162,13 +164,17 @@ def _windows(opened: OpenedModel) -> tuple[np.ndarray, str]:
 def _compare(
     folder: Path, opened: OpenedModel, params: Any, tokens_BT: np.ndarray, dtype: str
 ) -> comparison.Difference:
+    """Compares, after which the parameters are gone from memory."""
     with sharded_tracing(opened.mesh):
         exact_BTV = comparison.our_logits(opened.model, params, tokens_BT)
         rounded_BTV, moved = exact_BTV, 0.0
         if dtype != "float32":
             # The folder's own numbers: what is then left over is a mistake, not the rounding.
-            rounded_BTV = comparison.our_logits(opened.model, comparison.round_params(params, dtype), tokens_BT)
+            params = comparison.round_params(params, dtype)
+            rounded_BTV = comparison.our_logits(opened.model, params, tokens_BT)
             moved = float(np.abs(rounded_BTV - exact_BTV).max())
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()  # before another library holds them all
     return comparison.Difference(comparison.compare(folder, rounded_BTV, tokens_BT), moved, tokens_BT.size)
 
 

@@ -18,6 +18,7 @@ from latentjax.data.tokenizers.huggingface import TOKENIZER_FILE
 from latentjax.data.tokenizers.saved import load_tokenizer, read_tokenizer
 from latentjax.data.tokenizers.sentence_piece import MODEL_FILE
 from latentjax.errors import UserError, brief, shown
+from latentjax.interop import pretrained
 from latentjax.interop.hub import find_folder
 from latentjax.interop.pretrained import read_model, read_params
 from latentjax.models.spec import ModelSpec
@@ -87,33 +88,79 @@ def open_model(
         mesh = arrange_mesh(_one_device(), jax.local_devices()[:1])
     elif not isinstance(mesh, Mesh):
         mesh = arrange_mesh(mesh, jax.devices())
-    if is_run(checkpoint):
-        config = read_run_config(Path(checkpoint).expanduser())
-        described = LanguageModel(ModelSpec(**config.model), RecurrenceSpec(**config.recurrence))
-    else:
-        if step is not None:
-            raise UserError(f"a step was given, {step}, but {checkpoint} is no run with checkpoints of several")
-        config, folder = None, find_folder(checkpoint)
-        described = read_model(folder)
+    found = find_model(checkpoint, step, note)
     # How a run was trained says nothing about the devices that are here, and nothing is differentiated.
-    spec = dataclasses.replace(described.spec, dtype=dtype, attention="auto", loops="auto", remat="none")
+    spec = dataclasses.replace(found.model.spec, dtype=dtype, attention="auto", loops="auto", remat="none")
     check_model_divisible(spec, tuple(mesh.shape.values()))
-    model = LanguageModel(programs.resolved(spec, mesh, mask_documents), described.recurrence_spec)
+    model = LanguageModel(programs.resolved(spec, mesh, mask_documents), found.model.recurrence_spec)
     abstract = abstract_params(model, mesh)
-    if config is None:
-        with programs.memory_errors(f"reading {folder}"):
-            params = read_params(folder, model.spec, abstract)
-        tokenizer, source = tokenizer_of_folder(folder), str(checkpoint)
-    else:
-        workdir = Path(checkpoint).expanduser()
-        directory = checkpoint_files.directory_of(config.checkpoint.directory, workdir)
-        step, params, notes = checkpoint_reading.read_params(directory, step, abstract, note)
-        tokenizer, source = tokenizer_of_run(workdir, config, notes.get("tokenizer")), f"{checkpoint}, step {step}"
+    params, step, tokenizer = found.read(abstract)
+    source = str(checkpoint) if step is None else f"{checkpoint}, step {step}"
     if param_dtype != "float32":
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(param_dtype), tree), out_shardings=shardings)
         params = cast(params)
-    return OpenedModel(model, params, tokenizer, source, step, config, mesh)
+    return OpenedModel(model, params, tokenizer(), source, step, found.config, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundModel:
+    """A model of which nothing but its description has been read.
+
+    Attributes:
+      model: as it is described there.
+      config: of a run; None for a folder.
+      read: from shapes, dtypes and shardings to the parameters, the step (None for a folder), and what gives the
+        tokenizer (None if there is none).
+    """
+
+    model: LanguageModel
+    config: ConfigDict | None
+    read: Callable[[Any], tuple[Any, int | None, Callable[[], Tokenizer | None]]]
+
+
+def find_model(checkpoint: str | Path, step: int | None, note: Callable[[str], None]) -> FoundModel:
+    """Finds out what is there; arguments and errors as in `open_model`."""
+    if not is_run(checkpoint):
+        if step is not None:
+            raise UserError(f"a step was given, {step}, but {checkpoint} is no run with checkpoints of several")
+        folder = find_folder(checkpoint)
+        model = read_model(folder)
+
+        def read_folder(abstract: Any) -> tuple:
+            with programs.memory_errors(f"reading {folder}"):
+                params = read_params(folder, model.spec, abstract)
+            return params, None, lambda: tokenizer_of_folder(folder)
+
+        return FoundModel(model, None, read_folder)
+    workdir = Path(checkpoint).expanduser()
+    config = read_run_config(workdir)
+    directory = checkpoint_files.directory_of(config.checkpoint.directory, workdir)
+
+    def read_run(abstract: Any) -> tuple:
+        found, params, notes = checkpoint_reading.read_params(directory, step, abstract, note)
+        return params, found, lambda: tokenizer_of_run(workdir, config, notes.get("tokenizer"))
+
+    return FoundModel(LanguageModel(ModelSpec(**config.model), RecurrenceSpec(**config.recurrence)), config, read_run)
+
+
+def load_pretrained(directory: str | Path, *, mesh: ConfigDict | Mesh | None = None) -> tuple[LanguageModel, Any]:
+    """Reads a GPT-NeoX, LLaMA or GPT-2 folder or hub id, plain or with latent thoughts; `open_model` does more.
+
+    Args:
+      mesh: as in `open_model`; None: the default device, uncommitted.
+
+    Returns:
+      The model, computing in float32, and its float32 params: `model.apply({"params": params}, tokens_BT)` gives
+      logits. With a mesh, under `training.programs.sharded_tracing`.
+
+    Raises:
+      UserError: a missing or broken file, a config that is not implemented, missing, extra or misshapen tensors.
+    """
+    if mesh is None:
+        return pretrained.load_pretrained(directory)
+    opened = open_model(directory, mesh=mesh)
+    return opened.model, opened.params
 
 
 def is_run(checkpoint: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 python -m latentjax.train --config configs/quickstart.py
 python -m latentjax.train --config configs/quickstart.py:vanilla --config.train.num_steps=2000 --workdir runs/mine
+python -m latentjax.train --config RECIPE --config.init_from=DIRECTORY
 """
 
 import sys
@@ -40,6 +41,13 @@ def main(argv: Sequence[str]) -> int:
     from latentjax.validation import validate
 
     validate(config)
+    initial_params = None
+    if config.train.init_from:
+        from latentjax.continuing import begin_from
+
+        given = {config_lib.ALIASES.get(key, key) for key in (each.partition("=")[0] for each in overrides)}
+        initial_params = begin_from(config, given, workdir)
+        validate(config)  # with the model that it begins from
     from latentjax.training import host_memory, processes
 
     if host_memory.computes_on_cpu():
@@ -56,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
     stop = StopRequest()
     with processes.watched(config.train) as watchdog:
-        summary = train(config, workdir, stop, watchdog, score_tasks)
+        summary = train(config, workdir, stop, watchdog, initial_params, score_tasks)
     if summary is None:
         return stop.exit_status
     if not processes.is_first():

@@ -52,6 +52,7 @@ _RANGES = {
     # Growing passes are written out one after another, and each of them is another program's worth of compiling.
     "recurrence.num_latent_thoughts": (0, 1000),
     "recurrence.num_jacobi_iterations": (0, MOST_JACOBI_ITERATIONS),
+    "recurrence.pause_token_id": (-1, _LARGEST_SIZE),
     "model.num_kv_heads": (0, _LARGEST_SIZE),
     "model.rotary_fraction": (0.0, 1.0),
     "model.rope_theta": (1.0, _LARGEST_FLOAT),
@@ -103,7 +104,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"{key} is empty: set it to {defaults[key]!r}, the default, or another")
     check_backend(config.model.attention)
     _check_model(config.model)
-    _check_recurrence(config.recurrence)
+    _check_recurrence(config.recurrence, config.model.vocab_size)
     _check_data(config)
     _check_tasks(config.train)
     _check_spikes(config.train, config.checkpoint.every_steps)
@@ -134,8 +135,10 @@ def _check_model(model: ConfigDict) -> None:
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads={model.num_heads}: change one"
         )
     kv_heads = model.num_kv_heads or model.num_heads
-    if model.architecture == "gpt_neox" and kv_heads != model.num_heads:
-        raise UserError(f"model.num_kv_heads={kv_heads}: gpt_neox has no grouped queries; set it to 0, or use llama")
+    if model.architecture != "llama" and kv_heads != model.num_heads:
+        raise UserError(
+            f"model.num_kv_heads={kv_heads}: {model.architecture} has no grouped queries; set it to 0, or use llama"
+        )
     if model.num_heads % kv_heads:
         raise UserError(
             f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={kv_heads}: change one"
@@ -148,15 +151,29 @@ def _check_model(model: ConfigDict) -> None:
         )
     if model.architecture == "llama" and model.rotary_fraction != 1.0:
         raise UserError(f"model.rotary_fraction={model.rotary_fraction}: llama rotates whole heads; set it to 1.0")
+    if model.architecture == "gpt2" and model.rotary_fraction != 0.0:
+        raise UserError(
+            f"model.rotary_fraction={model.rotary_fraction}: gpt2 learns its positions and rotates none; set it to 0.0"
+        )
 
 
-def _check_recurrence(recurrence: ConfigDict) -> None:
+def _check_recurrence(recurrence: ConfigDict, vocab_size: int) -> None:
     choices = recurrence.train_jacobi_iterations
     most = MOST_JACOBI_ITERATIONS
     if not choices or not all(type(choice) is int and 0 <= choice <= most for choice in choices):
         raise UserError(
             f"recurrence.train_jacobi_iterations={shown(choices)} must be whole numbers from 0 to {most}, such as "
             "(2, 3, 4)"
+        )
+    if recurrence.method in ("loop", "ponder") and recurrence.backprop_passes:
+        raise UserError(
+            f"recurrence.backprop_passes={recurrence.backprop_passes}: the embeddings of {recurrence.method} learn "
+            "through its first pass alone; set it to 0"
+        )
+    if recurrence.pause_token_id >= vocab_size:
+        raise UserError(
+            f"recurrence.pause_token_id={recurrence.pause_token_id} is no token of model.vocab_size={vocab_size}: "
+            "lower it, or set it to -1, the last"
         )
 
 

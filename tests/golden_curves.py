@@ -26,8 +26,10 @@ KEYS = ("loss", "grad_norm")
 CURVES = {
     "vanilla-gpt_neox": ("vanilla", "gpt_neox", 0, (0,)),
     "vanilla-llama": ("vanilla", "llama", 0, (0,)),
+    "vanilla-gpt2": ("vanilla", "gpt2", 0, (0,)),
     "latent-c1-gpt_neox": ("latent", "gpt_neox", 1, (1, 2)),
     "latent-c1-llama": ("latent", "llama", 1, (1, 2)),
+    "latent-c1-gpt2": ("latent", "gpt2", 1, (1, 2)),
     "latent-c2-gpt_neox": ("latent", "gpt_neox", 2, (2,)),
     "latent-c2-llama": ("latent", "llama", 2, (2,)),
 }
@@ -63,6 +65,8 @@ def config_of(name: str, directory: Path, overrides: Sequence[str] = ()) -> Conf
     )  # fmt: skip
     if architecture == "llama":
         config.model.update(num_kv_heads=2, rotary_fraction=1.0)
+    elif architecture == "gpt2":
+        config.model.update(rotary_fraction=0.0, tie_embeddings=True)
     config.recurrence.update(
         method=method, num_latent_thoughts=num_thoughts, train_jacobi_iterations=iterations
     )  # fmt: skip

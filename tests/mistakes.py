@@ -10,7 +10,7 @@ from pathlib import Path
 
 import recipes
 
-from latentjax.config import default, flatten
+from latentjax.config import ALIASES, default, flatten
 
 KNOBS = flatten(default())
 INF, HUGE = "1e999", "1000000000000"
@@ -122,7 +122,7 @@ def training(directory: Path, *overrides: str, names: tuple[str, ...], recipe: o
 
 
 def misspelt_key(draw: random.Random, directory: Path) -> Mistake:
-    known, key = KNOBS, draw.choice(list(KNOBS))
+    known, key = {**KNOBS, **ALIASES}, draw.choice(list(KNOBS))
     while key in known:
         place = draw.randrange(len(key))
         key = draw.choice(

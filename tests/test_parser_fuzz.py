@@ -17,7 +17,7 @@ from latentjax.config import default, flatten, from_json, to_json, values_from_j
 from latentjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from latentjax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from latentjax.errors import UserError
-from latentjax.interop import hf_config, pretrained
+from latentjax.interop import hf_config, hub, pretrained
 from latentjax.training.metrics import MetricsLog, read_metrics
 
 CASES = Path(__file__).parent / "fixtures" / "parity"
@@ -45,7 +45,7 @@ def test_config_of_hugging_face(amount, case, tmp_path):
 @pytest.fixture
 def shapes_once(monkeypatch):
     """Traces a model once, not for every file."""
-    monkeypatch.setattr(pretrained, "_parameter_shapes", functools.cache(pretrained._parameter_shapes))
+    monkeypatch.setattr(pretrained, "_abstract_params", functools.cache(pretrained._abstract_params))
 
 
 @AMOUNTS
@@ -74,7 +74,7 @@ def test_index_of_shards(amount, tmp_path, shapes_once):
     valid = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
 
     def check(content):
-        (tmp_path / pretrained.INDEX).write_bytes(content)
+        (tmp_path / hub.INDEX).write_bytes(content)
         pretrained.load_pretrained(tmp_path)
 
     check(json.dumps(valid).encode())

@@ -35,11 +35,15 @@ _NEOX = ModelSpec(
 _LLAMA = dataclasses.replace(
     _NEOX, architecture="llama", num_heads=4, num_kv_heads=2, rotary_fraction=1.0, parallel_residual=False
 )
+_GPT2 = dataclasses.replace(
+    _NEOX, architecture="gpt2", rotary_fraction=0.0, parallel_residual=False, tie_embeddings=True
+)
+_SPECS = {spec.architecture: spec for spec in (_NEOX, _LLAMA, _GPT2)}
 
 
 def model_spec(architecture: str = "gpt_neox", **changes: Any) -> ModelSpec:
-    """A GPT-NeoX with partial rotary, or a LLaMA with grouped queries."""
-    return dataclasses.replace({"gpt_neox": _NEOX, "llama": _LLAMA}[architecture], **changes)
+    """A GPT-NeoX with partial rotary, a LLaMA with grouped queries, or a GPT-2 with its tied head."""
+    return dataclasses.replace(_SPECS[architecture], **changes)
 
 
 def language_model(
@@ -48,6 +52,7 @@ def language_model(
     *,
     method: str = "latent",
     backprop_passes: int = 0,
+    ponder_chunk_tokens: int = 0,
     **changes: Any,
 ) -> LanguageModel:
     """A model with C thoughts a token; `changes` are fields of its ModelSpec."""
@@ -58,6 +63,8 @@ def language_model(
         train_jacobi_iterations=(2,),
         backprop_passes=backprop_passes,
         scale_embeddings=True,
+        pause_token_id=-1,
+        ponder_chunk_tokens=ponder_chunk_tokens,
     )
     return LanguageModel(model_spec(architecture, **changes), recurrence_spec)
 

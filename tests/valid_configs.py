@@ -54,11 +54,11 @@ def _mesh(draw: random.Random) -> dict[str, int]:
 
 
 def _model(draw: random.Random) -> dict[str, Any]:
-    architecture = draw.choice(["gpt_neox", "llama"])
+    architecture = draw.choice(["gpt_neox", "llama", "gpt2"])
     knobs = {
         "architecture": architecture,
         "num_layers": draw.choice([1, 2, 12, 13, 80]),
-        "rotary_fraction": 1.0 if architecture == "llama" else draw.choice([0.0, 0.5, 1.0]),
+        "rotary_fraction": {"llama": 1.0, "gpt2": 0.0}.get(architecture, draw.choice([0.0, 0.5, 1.0])),
         "rope_theta": draw.choice([1.0, 1e4, 5e5, 1e7]),
         "parallel_residual": draw.random() < 0.5,
         "norm_epsilon": draw.choice([1e-12, 1e-5, 1e-2]),

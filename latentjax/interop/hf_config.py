@@ -1,5 +1,6 @@
 """Translating a Hugging Face config.json, with the reference's keys for latent thoughts, to our settings."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,46 @@ from typing import Any
 from latentjax.errors import UserError, brief, shown
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.methods import METHODS
 
 _MOST_PARAMETERS = 10**13
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """What a model type calls the settings that all have, and what of its others is implemented."""
+
+    layers: str
+    width: str
+    heads: str
+    positions: str
+    inner: str
+    activation: str
+    activations: tuple[str, ...]
+    epsilon: str
+    default_epsilon: float
+    ties: bool  # whether the head is tied where the config does not say
+    only: dict[str, Any]  # keys of which one value is implemented
+
+
+_KEYS = {
+    "gpt_neox": _Keys(
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "intermediate_size",
+        "hidden_act", ("gelu",), "layer_norm_eps", 1e-5, False,
+        {"rope_scaling": None, "attention_bias": True, "mlp_bias": False},
+    ),
+    "llama": _Keys(
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "intermediate_size",
+        "hidden_act", ("silu",), "rms_norm_eps", 1e-6, False,
+        {"rope_scaling": None, "attention_bias": False, "mlp_bias": False},
+    ),
+    "gpt2": _Keys(
+        "n_layer", "n_embd", "n_head", "n_positions", "n_inner",
+        "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon", 1e-5, True,
+        {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    ),
+}  # fmt: skip
+_NOWHERE = {"quantization_config": None}  # of no model type is more implemented
 
 
 def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, RecurrenceSpec]:
@@ -17,24 +56,102 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
     Raises:
       UserError: a key is missing, or asks for what is not implemented; `source` names the file.
     """
+    spec = _model_spec(config, source)
+    layer = 4 * spec.hidden_size**2 + 2 * spec.hidden_size * spec.intermediate_size
+    if spec.num_layers * layer + spec.vocab_size * spec.hidden_size > _MOST_PARAMETERS:
+        raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters: it is damaged")
+    return spec, _recurrence_spec(config, spec.vocab_size, source)
+
+
+def _recurrence_spec(config: dict[str, Any], vocab_size: int, source: str) -> RecurrenceSpec:
+    method = config.get("method") or _method_by_keys(config)
+    if not isinstance(method, str) or method not in METHODS:
+        choices = ", ".join(METHODS)
+        raise UserError(f"{source}: method={shown(method)} is not implemented; {choices} are")
+    interpolates = _flag(config, "interpolation", source, method == "ponder")
+    if interpolates != (method == "ponder"):
+        raise UserError(f"{source}: interpolation={interpolates} is not implemented with method={method!r}")
+    if interpolates and not _flag(config, "residual_interpolated_embeds", source, True):
+        raise UserError(f"{source}: residual_interpolated_embeds=False is not implemented; only True is")
+    pause_token_id = -1
+    if method == "pause":
+        pause_token_id = _whole(config, "pause_token_id", source, lowest=0)
+        if pause_token_id >= vocab_size:
+            raise UserError(f"{source}: pause_token_id={pause_token_id} is no token of vocab_size={vocab_size}")
+    iterations = _whole(config, "num_jacobi_iterations", source, lowest=0, missing=3)
+    return RecurrenceSpec(
+        method=method,
+        num_latent_thoughts=0 if method == "vanilla" else _whole(config, "num_latent_thoughts", source, lowest=0),
+        num_jacobi_iterations=iterations,
+        train_jacobi_iterations=(iterations,),
+        backprop_passes=0,
+        scale_embeddings=_flag(config, "scale_embeds", source, True),
+        pause_token_id=pause_token_id,
+        ponder_chunk_tokens=0,
+    )
+
+
+def _method_by_keys(config: dict[str, Any]) -> str:
+    """The method of a config that does not name it, as the reference's own do not."""
+    if not config.get("recurrent_model"):
+        return "vanilla"
+    if config.get("interpolation"):
+        return "ponder"
+    return "latent" if config.get("pause_token_id") is None else "pause"
+
+
+def _model_spec(config: dict[str, Any], source: str) -> ModelSpec:
     architecture = require(config, "model_type", source)
-    neox = architecture == "gpt_neox"
-    _expect(config, "model_type", ("gpt_neox", "llama"), source)
-    _expect(config, "hidden_act", ("gelu",) if neox else ("silu",), source)
-    for key, only in (("rope_scaling", None), ("attention_bias", neox), ("mlp_bias", False), ("interpolation", False)):
+    if not isinstance(architecture, str) or architecture not in _KEYS:
+        choices = " and ".join(map(repr, _KEYS))
+        raise UserError(f"{source}: model_type={shown(architecture)} is not implemented; {choices} are")
+    keys, neox = _KEYS[architecture], architecture == "gpt_neox"
+    _expect(config, keys.activation, keys.activations, source)
+    for key, only in (keys.only | _NOWHERE).items():
         if key in config and config[key] not in (only, None):
             raise UserError(f"{source}: {key}={shown(config[key])} is not implemented; only {only!r} is")
-    hidden_size = _whole(config, "hidden_size", source)
-    num_heads = _whole(config, "num_attention_heads", source)
+    width = _whole(config, keys.width, source)
+    num_heads = _whole(config, keys.heads, source)
     num_kv_heads = _whole(config, "num_key_value_heads", source, lowest=0, missing=0)
-    head_dim, rest = divmod(hidden_size, num_heads)
+    head_dim, rest = divmod(width, num_heads)
     if rest or num_heads % (num_kv_heads or num_heads):
         raise UserError(
-            f"{source}: hidden_size={hidden_size}, num_attention_heads={num_heads} and "
-            f"num_key_value_heads={num_kv_heads or num_heads} do not divide one another"
+            f"{source}: {keys.width}={width}, {keys.heads}={num_heads} and num_key_value_heads="
+            f"{num_kv_heads or num_heads} do not divide one another"
         )
+    if architecture != "llama" and num_kv_heads not in (0, num_heads):
+        raise UserError(f"{source}: num_key_value_heads={num_kv_heads} is not implemented; only llama groups queries")
     if config.get("head_dim") not in (None, head_dim):
-        raise UserError(f"{source}: head_dim={shown(config['head_dim'])} is not hidden_size / num_attention_heads")
+        raise UserError(f"{source}: head_dim={shown(config['head_dim'])} is not {keys.width} / {keys.heads}")
+    rotary_fraction, rope_theta = (0.0, 10000.0) if architecture == "gpt2" else _rotary(config, source, neox)
+    if int(head_dim * rotary_fraction) % 2:
+        raise UserError(f"{source}: {int(head_dim * rotary_fraction)} dimensions of a head cannot be rotated in pairs")
+    # Of GPT-2, null stands for four times the width.
+    inner = 4 * width if architecture == "gpt2" else None
+    epsilon = {keys.epsilon: keys.default_epsilon} | config
+    return ModelSpec(
+        architecture=architecture,
+        num_layers=_whole(config, keys.layers, source),
+        hidden_size=width,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=_whole(config, keys.inner, source, missing=inner),
+        vocab_size=_whole(config, "vocab_size", source),
+        max_position_embeddings=_whole(config, keys.positions, source),
+        rotary_fraction=rotary_fraction,
+        rope_theta=rope_theta,
+        parallel_residual=_flag(config, "use_parallel_residual", source, True) if neox else False,
+        norm_epsilon=_number(epsilon, keys.epsilon, source, 1e-30, 1.0),
+        tie_embeddings=_flag(config, "tie_word_embeddings", source, keys.ties),
+        dtype="float32",
+        attention="xla",  # serves everywhere
+        loops="rolled",
+        remat="none",
+    )
+
+
+def _rotary(config: dict[str, Any], source: str, neox: bool) -> tuple[float, float]:
+    """The share of each head that is rotated, and the base of the wavelengths."""
     # transformers 5 gathers the rotary settings in rope_parameters; before, each had a key of its own.
     rope = config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -45,129 +162,8 @@ def specs_from_config(config: dict[str, Any], source: str) -> tuple[ModelSpec, R
         "partial_rotary_factor": config.get("rotary_pct", 0.25),
         "rope_theta": config.get("rope_theta", config.get("rotary_emb_base", 10000.0)),
     } | rope
-    rotary_fraction = _number(rope, "partial_rotary_factor", source, 0.0, 1.0) if neox else 1.0
-    if int(head_dim * rotary_fraction) % 2:
-        raise UserError(f"{source}: {int(head_dim * rotary_fraction)} dimensions of a head cannot be rotated in pairs")
-    epsilon = "layer_norm_eps" if neox else "rms_norm_eps"
-    spec = ModelSpec(
-        architecture=architecture,
-        num_layers=_whole(config, "num_hidden_layers", source),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        intermediate_size=_whole(config, "intermediate_size", source),
-        vocab_size=_whole(config, "vocab_size", source),
-        max_position_embeddings=_whole(config, "max_position_embeddings", source),
-        rotary_fraction=rotary_fraction,
-        rope_theta=_number(rope, "rope_theta", source, 1.0, 1e38),
-        parallel_residual=_flag(config, "use_parallel_residual", source, True) if neox else False,
-        norm_epsilon=_number({epsilon: 1e-5 if neox else 1e-6} | config, epsilon, source, 1e-30, 1.0),
-        tie_embeddings=_flag(config, "tie_word_embeddings", source, False),
-        dtype="float32",
-        attention="xla",  # serves everywhere
-        loops="rolled",
-        remat="none",
-    )
-    layer = 4 * spec.hidden_size**2 + 2 * spec.hidden_size * spec.intermediate_size
-    if spec.num_layers * layer + spec.vocab_size * spec.hidden_size > _MOST_PARAMETERS:
-        raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters: it is damaged")
-    method = config.get("method") or ("latent" if config.get("recurrent_model") else "vanilla")
-    if method not in ("vanilla", "latent"):
-        raise UserError(f"{source}: method={shown(method)} is not implemented; vanilla and latent are")
-    iterations = _whole(config, "num_jacobi_iterations", source, lowest=0, missing=3)
-    return spec, RecurrenceSpec(
-        method=method,
-        num_latent_thoughts=_whole(config, "num_latent_thoughts", source, lowest=0) if method == "latent" else 0,
-        num_jacobi_iterations=iterations,
-        train_jacobi_iterations=(iterations,),
-        backprop_passes=0,
-        scale_embeddings=_flag(config, "scale_embeds", source, True),
-    )
-
-
-# The class of transformers for each architecture, and the names that our own code for it begins with.
-_CLASSES = {"gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoX"), "llama": ("LlamaForCausalLM", "Llama")}
-CODE_FILES = ("configuration_latentjax.py", "modeling_latentjax.py")  # in interop/hf
-
-
-def is_vanilla(recurrence_spec: RecurrenceSpec) -> bool:
-    """Returns whether the method is one pass over the tokens, so that transformers' own classes compute it."""
-    return recurrence_spec.method == "vanilla" or recurrence_spec.num_latent_thoughts == 0
-
-
-def config_from_specs(
-    spec: ModelSpec, recurrence_spec: RecurrenceSpec, dtype: str = "float32", eod_id: int | None = None
-) -> dict[str, Any]:
-    """Translates our settings to a Hugging Face config.json, the inverse of `specs_from_config`.
-
-    The keys for the methods are the reference's, beside `method`, which tells them apart. A config that is not vanilla
-    names the classes of `interop/hf`, whose files (CODE_FILES) have to be beside it.
-
-    Args:
-      dtype: of the tensors beside it.
-      eod_id: the token that ends documents, if there is a tokenizer.
-    """
-    own_class, stem = _CLASSES[spec.architecture]
-    config: dict[str, Any] = {
-        "architectures": [own_class],
-        "model_type": spec.architecture,
-        "method": recurrence_spec.method,
-        "torch_dtype": dtype,
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "intermediate_size": spec.intermediate_size,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "bos_token_id": eod_id,
-        "eos_token_id": eod_id,
-        # As in training; the reference's initialiser, for whoever trains on.
-        "attention_dropout": 0.0,
-        "initializer_range": (2 / (5 * spec.hidden_size)) ** 0.5,
-        "use_cache": True,
-    }
-    if spec.architecture == "gpt_neox":
-        config |= {
-            "hidden_act": "gelu",
-            "hidden_dropout": 0.0,
-            "attention_bias": True,
-            "layer_norm_eps": spec.norm_epsilon,
-            "rotary_pct": spec.rotary_fraction,
-            "rotary_emb_base": spec.rope_theta,
-            "use_parallel_residual": spec.parallel_residual,
-        }
-    else:
-        config |= {
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "num_key_value_heads": spec.kv_heads,
-            "rms_norm_eps": spec.norm_epsilon,
-            "rope_theta": spec.rope_theta,
-        }
-    if is_vanilla(recurrence_spec):
-        return config | {"method": "vanilla"}
-    config |= {
-        "architectures": [f"Latentjax{stem}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"configuration_latentjax.Latentjax{stem}Config",
-            "AutoModelForCausalLM": f"modeling_latentjax.Latentjax{stem}ForCausalLM",
-        },
-        "recurrent_model": True,
-        "num_latent_thoughts": recurrence_spec.num_latent_thoughts,
-        "scale_embeds": recurrence_spec.scale_embeddings,
-        "interpolation": recurrence_spec.method == "ponder",
-    }
-    if recurrence_spec.method == "latent":
-        config |= {
-            "num_jacobi_iterations": recurrence_spec.num_jacobi_iterations,
-            "random_jacobi_iterations": False,
-            "prefill_tolerance": None,
-        }
-    elif recurrence_spec.method == "ponder":
-        config["residual_interpolated_embeds"] = True
-    return config
+    fraction = _number(rope, "partial_rotary_factor", source, 0.0, 1.0) if neox else 1.0
+    return fraction, _number(rope, "rope_theta", source, 1.0, 1e38)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from latentjax.interop.hf_config import is_vanilla
+from latentjax.interop.exported_config import is_vanilla
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 
@@ -74,9 +74,10 @@ def model_card(
         notes = [
             _CACHED[method].format(rounds=recurrence_spec.num_jacobi_iterations),
             "",
-            f"**Give `trust_remote_code=True`.** The tensors are named as {spec.architecture}'s: without it transformers "
-            "loads that architecture alone, does not warn, and what it computes is not this model. The code is `modeling_latentjax.py` and `configuration_latentjax.py` in this folder; it needs torch and "
-            "transformers only. Attention is `sdpa` or `eager`.",
+            f"**Give `trust_remote_code=True`.** The tensors are named as {spec.architecture}'s: without it "
+            "transformers loads that architecture alone, does not warn, and what it computes is not this model. The "
+            "code is in `modeling_latentjax.py` and `configuration_latentjax.py`; it needs torch and transformers. "
+            "Attention is `sdpa` or `eager`.",
             "",
         ]
     lines = [

@@ -6,7 +6,8 @@ and the last layer has a parameter of its own.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -128,7 +129,63 @@ LLAMA = (
     _matrix("lm_head.weight", "head/kernel", "D", "V"),
 )
 
-TABLES = {"gpt_neox": GPT_NEOX, "llama": LLAMA}
+
+def _conv1d(tensor: str, parameter: str, axes: str) -> Entry:
+    """GPT-2 keeps its matrices as (in, out), which is how ours lie; `axes` are those of the kernel, 3 among them."""
+
+    def read(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+        return array.reshape([3 if axis == "3" else _sizes(spec)[axis] for axis in axes])
+
+    def write(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+        rows = array.shape[0] * array.shape[1] if axes.startswith("HK") else array.shape[0]
+        return array.reshape(rows, -1)
+
+    return Entry(tensor, parameter, read, write)
+
+
+def _read_bias_of_three(array: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    return array.reshape(3, spec.num_heads, spec.head_dim)
+
+
+_GPT2_LAYER = "transformer.h.{layer}."
+GPT2 = (
+    Entry("transformer.wte.weight", "embedding/embedding"),
+    Entry("transformer.wpe.weight", "backbone/position_embedding/embedding"),
+    Entry(_GPT2_LAYER + "ln_1.weight", "backbone/layers/input_norm/scale"),
+    Entry(_GPT2_LAYER + "ln_1.bias", "backbone/layers/input_norm/bias"),
+    _conv1d(_GPT2_LAYER + "attn.c_attn.weight", "backbone/layers/query_key_value/kernel", "D3HK"),
+    Entry(
+        _GPT2_LAYER + "attn.c_attn.bias",
+        "backbone/layers/query_key_value/bias",
+        _read_bias_of_three,
+        lambda array, spec: array.reshape(-1),
+    ),
+    _conv1d(_GPT2_LAYER + "attn.c_proj.weight", "backbone/layers/attention_out/kernel", "HKD"),
+    Entry(_GPT2_LAYER + "attn.c_proj.bias", "backbone/layers/attention_out/bias"),
+    Entry(_GPT2_LAYER + "ln_2.weight", "backbone/layers/mlp_norm/scale"),
+    Entry(_GPT2_LAYER + "ln_2.bias", "backbone/layers/mlp_norm/bias"),
+    _conv1d(_GPT2_LAYER + "mlp.c_fc.weight", "backbone/layers/mlp_in/kernel", "DF"),
+    Entry(_GPT2_LAYER + "mlp.c_fc.bias", "backbone/layers/mlp_in/bias"),
+    _conv1d(_GPT2_LAYER + "mlp.c_proj.weight", "backbone/layers/mlp_out/kernel", "FD"),
+    Entry(_GPT2_LAYER + "mlp.c_proj.bias", "backbone/layers/mlp_out/bias"),
+    Entry("transformer.ln_f.weight", "backbone/final_norm/scale"),
+    Entry("transformer.ln_f.bias", "backbone/final_norm/bias"),
+    _matrix("lm_head.weight", "head/kernel", "D", "V"),
+)
+
+_HEADS = ("embed_out.weight", "lm_head.weight")
+TABLES = {"gpt_neox": GPT_NEOX, "llama": LLAMA, "gpt2": GPT2}
+
+
+def with_prefix(names: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """Returns {name: anything} under the names of the table, which the bare stack's own (as GPT-2's) lack the front of.
+
+    They are taken for such where none begins as the table's do.
+    """
+    prefix = TABLES[spec.architecture][0].tensor.partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in names):
+        return dict(names)
+    return {name if name in _HEADS else prefix + name: value for name, value in names.items()}
 
 
 def name_table(spec: ModelSpec) -> tuple[Entry, ...]:

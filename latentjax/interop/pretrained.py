@@ -1,4 +1,4 @@
-"""Loading Hugging Face model folders."""
+"""Loading Hugging Face model folders, and the tensors that params are written as."""
 
 from pathlib import Path
 from typing import Any
@@ -7,20 +7,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from flax.traverse_util import flatten_dict
 
-from latentjax.errors import UserError, brief
 from latentjax.interop.hf_config import read_json, specs_from_config
-from latentjax.interop.hub import CONFIG, find_folder, weight_files
+from latentjax.interop.hub import CONFIG, find_folder
 from latentjax.interop.names import name_table
+from latentjax.interop.placing import Plan, each, kinds_of
+from latentjax.interop.tensor_files import TensorFolder
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.language_model import LanguageModel
 
 
 def load_pretrained(directory: str | Path) -> tuple[LanguageModel, dict[str, Any]]:
-    """Reads a GPT-NeoX or LLaMA folder, plain or with latent thoughts.
+    """Reads a GPT-NeoX, LLaMA or GPT-2 folder, plain or with latent thoughts, onto the default device.
 
     Args:
       directory: holds config.json and model.safetensors, or shards of it with their index; or an id of the hub.
@@ -34,7 +34,7 @@ def load_pretrained(directory: str | Path) -> tuple[LanguageModel, dict[str, Any
     """
     folder = find_folder(directory)
     model = read_model(folder)
-    return model, params_from_tensors(read_tensors(folder), model.spec, str(folder))
+    return model, read_params(folder, model.spec, _abstract_params(model.spec))
 
 
 def read_model(folder: Path) -> LanguageModel:
@@ -47,18 +47,19 @@ def read_model(folder: Path) -> LanguageModel:
 
 
 def read_params(folder: Path, spec: ModelSpec, abstract_params: Any) -> dict[str, Any]:
-    """Reads a folder's weights onto the devices.
+    """Reads a folder's weights onto the devices, tensor by tensor.
+
+    Nothing but headers is read before all of them are known to fit. The host holds one tensor at a time.
 
     Args:
-      abstract_params: shapes, dtypes and shardings.
+      abstract_params: shapes, dtypes and shardings, of which the last may be None: the default device.
 
     Raises:
       UserError: missing, broken or extra files or tensors.
     """
-    params = params_from_tensors(read_tensors(folder), spec, str(folder))
-    return jax.tree.map(
-        lambda leaf, abstract: jax.device_put(leaf.astype(abstract.dtype), abstract.sharding), params, abstract_params
-    )
+    tensors = TensorFolder(folder)
+    plan = Plan(tensors.kinds, spec, abstract_params, str(folder))
+    return plan.place(tensors.read(plan.names))
 
 
 def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source: str) -> dict[str, Any]:
@@ -67,39 +68,8 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
     Raises:
       UserError: a tensor is missing, left over, or of another shape than the config says; `source` names the folder.
     """
-    remaining = dict(tensors)
-    shapes = _parameter_shapes(spec)
-    rows: dict[str, list[np.ndarray]] = {}
-    stacked = set()
-    for entry in name_table(spec):
-        for name, parameter, row in entry.places(spec):
-            shape = shapes[parameter] if row is None else shapes[parameter][1:]
-            # Compared before it is laid out: a transposed matrix would fit as well, and mean nothing.
-            tensor_shape = entry.write(np.broadcast_to(np.float32(0), shape), spec).shape
-            if name not in remaining:
-                raise UserError(f"{source}: tensor {name!r} is missing")
-            array = np.asarray(remaining.pop(name), np.float32)
-            if array.shape != tensor_shape:
-                raise UserError(
-                    f"{source}: tensor {name!r} has shape {array.shape}, but config.json makes it {tensor_shape}"
-                )
-            rows.setdefault(parameter, []).append(entry.read(array, spec))
-            if row is not None:
-                stacked.add(parameter)
-    params = {
-        tuple(parameter.split("/")): jnp.asarray(np.stack(arrays) if parameter in stacked else arrays[0])
-        for parameter, arrays in rows.items()
-    }
-    if spec.tie_embeddings:  # a tied head may be stored all the same
-        remaining = {
-            name: array for name, array in remaining.items() if name not in ("embed_out.weight", "lm_head.weight")
-        }
-    # Old GPT-NeoX and LLaMA exports carry constants that are recomputed here.
-    derived = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-    extra = sorted(name for name in remaining if not name.endswith(derived))
-    if extra:
-        raise UserError(f"{source}: tensor {extra[0]!r} is not part of this model ({len(extra)} such)")
-    return unflatten_dict(params)
+    plan = Plan(kinds_of(tensors), spec, _abstract_params(spec), source)
+    return plan.place(each(tensors, plan.names))
 
 
 def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -113,31 +83,8 @@ def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np
     return tensors
 
 
-def _parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """{path of a parameter: its shape}, all layers but the last stacked."""
-    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False)
+def _abstract_params(spec: ModelSpec) -> Any:
+    """Shapes and dtypes of the parameters, all layers but the last stacked; without shardings."""
+    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False, -1, 0)
     variables = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return {path: leaf.shape for path, leaf in flatten_dict(nn.meta.unbox(variables)["params"], sep="/").items()}
-
-
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Returns {name: float32 array} of all tensors of a folder.
-
-    Raises:
-      UserError: a file is missing or broken.
-    """
-    tensors = {}
-    for name in weight_files(folder):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing: a model folder holds config.json and safetensors (pickles are not read)"
-            )
-        try:
-            # The flax framework reads bfloat16, which NumPy's does not.
-            with safe_open(path, framework="flax") as file:
-                tensors.update({key: np.asarray(file.get_tensor(key).astype(jnp.float32)) for key in list(file.keys())})
-        except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            # All but the first: tensors of a dtype that NumPy has no name for, or of more items than it can count.
-            raise UserError(f"{path} is not a whole safetensors file: {brief(error)}") from error
-    return tensors
+    return nn.meta.unbox(variables)["params"]

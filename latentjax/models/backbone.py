@@ -4,24 +4,43 @@ All layers but the last are scanned, so that one is traced for all of them. The 
 outputs is thrown away, and then only its keys and values are computed for all slots.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latentjax.models import gpt_neox, llama
+from latentjax.models import gpt2, gpt_neox, llama
 from latentjax.models.cache import KeyValueCache
+from latentjax.models.embedding import PositionEmbedding
 from latentjax.models.layers import shard_activation
 from latentjax.models.remat import POLICIES, rematerialised
 from latentjax.models.rotary import rotary_angles
 from latentjax.models.slots import ALL_SLOTS, SlotRange
 from latentjax.models.spec import ModelSpec
 
-# Block and final norm of each architecture.
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a backbone is made of.
+
+    Attributes:
+      block: one layer.
+      final_norm: from the model's settings and a name.
+      learns_positions: embeddings of position ids are added to the input of every pass, thoughts included.
+    """
+
+    block: type[nn.Module]
+    final_norm: Callable[[ModelSpec, str], nn.Module]
+    learns_positions: bool = False
+
+
 ARCHITECTURES = {
-    "gpt_neox": (gpt_neox.GPTNeoXBlock, gpt_neox.final_norm),
-    "llama": (llama.LlamaBlock, llama.final_norm),
+    "gpt_neox": Architecture(gpt_neox.GPTNeoXBlock, gpt_neox.final_norm),
+    "llama": Architecture(llama.LlamaBlock, llama.final_norm),
+    "gpt2": Architecture(gpt2.GPT2Block, gpt2.final_norm, learns_positions=True),
 }
 
 
@@ -30,11 +49,12 @@ class Backbone(nn.Module):
 
     Attributes:
       spec: the model.
-      slots_per_token: how many slots share a token (C + 1); enters the initialisation alone.
+      forwards_per_token: how often a token goes through the layers in decoding (C + 1), in slots or in passes; enters
+        the initialisation alone.
     """
 
     spec: ModelSpec
-    slots_per_token: int
+    forwards_per_token: int
 
     @nn.compact
     def __call__(
@@ -44,8 +64,13 @@ class Backbone(nn.Module):
         segment_ids_BS: jax.Array | None = None,
         cache: KeyValueCache | None = None,
         kept: SlotRange = ALL_SLOTS,
+        begins: bool = True,
+        ends: bool = True,
     ) -> tuple[jax.Array, KeyValueCache | None]:
-        """Applies all layers and the final norm.
+        """Applies all layers and the final norm: one pass.
+
+        Several calls can make up one long pass over the same residual stream, with shared layers: the first of them
+        `begins` it, the last `ends` it.
 
         Args:
           x_BSD: input embeddings (of tokens, or latent thoughts), any float dtype.
@@ -53,10 +78,13 @@ class Backbone(nn.Module):
           segment_ids_BS: int32, slots attend within their segment only; None: one segment.
           cache: keys and values of the slots before these; None: there are none before, and none are kept.
           kept: the slots whose hidden states are asked for; the others' are not computed in the last layer.
+          begins: x_BSD enters from outside, so learned positions are added; else it is what a call that does not end
+            its pass has returned.
+          ends: the final norm is applied.
 
         Returns:
-          Hidden states (B, Q, D) of the Q kept slots after the final norm in the compute dtype, and the cache with all
-          S slots added.
+          Hidden states (B, Q, D) of the Q kept slots in the compute dtype, after the final norm where the pass ends,
+          and the cache with all S slots added.
         """
         num_slots = x_BSD.shape[1]
         if cache is not None:
@@ -65,10 +93,10 @@ class Backbone(nn.Module):
             cache = cache.write_segments(segment_ids_BS)
         stack = _apply_stack
         if POLICIES[self.spec.remat].keeps_pass_inputs_only:
-            stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5,))
+            stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5, 6, 7))
         x_BSD = x_BSD.astype(self.spec.compute_dtype)
-        hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept)
-        return hidden_BQD, None if cache is None else cache.advance(num_slots)
+        hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
+        return hidden_BQD, None if cache is None else cache.advance(self.spec.num_layers, num_slots)
 
 
 def _apply_stack(
@@ -78,10 +106,15 @@ def _apply_stack(
     segment_ids_BS: jax.Array | None,
     cache: KeyValueCache | None,
     kept: SlotRange,
+    begins: bool,
+    ends: bool,
 ) -> tuple[jax.Array, KeyValueCache | None]:
     """The layers and the norm, in the scope of `backbone`; arguments and results as in `Backbone.__call__`."""
-    spec, slots_per_token = backbone.spec, backbone.slots_per_token
-    block, final_norm = ARCHITECTURES[spec.architecture]
+    spec, forwards_per_token = backbone.spec, backbone.forwards_per_token
+    architecture = ARCHITECTURES[spec.architecture]
+    block = architecture.block
+    if architecture.learns_positions and begins:
+        x_BSD = PositionEmbedding(spec, name="position_embedding")(x_BSD, positions_BS)
     x_BSD = shard_activation(x_BSD, "batch", "slots", None)
     angles = rotary_angles(positions_BS, spec.rotary_dims, spec.rope_theta)
     num_scanned = spec.num_layers - 1
@@ -92,7 +125,7 @@ def _apply_stack(
 
     if num_scanned:
         # A loop keeps XLA from merging the forward computation with its repetition in the backward pass.
-        layers = rematerialised(block, spec.remat, in_loop=not spec.unrolls)(spec, slots_per_token, name="layers")
+        layers = rematerialised(block, spec.remat, in_loop=not spec.unrolls)(spec, forwards_per_token, name="layers")
         (x_BSD, cache), _ = nn.scan(
             apply_layer,
             variable_axes={"params": 0},
@@ -101,6 +134,8 @@ def _apply_stack(
             unroll=num_scanned if spec.unrolls else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(layers, (x_BSD, cache), jnp.arange(num_scanned))
-    last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, slots_per_token, kept, name="last_layer")
+    last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, forwards_per_token, kept, name="last_layer")
     x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, jnp.asarray(num_scanned))
-    return final_norm(spec, "final_norm")(x_BQD), cache
+    if ends:
+        x_BQD = architecture.final_norm(spec, "final_norm")(x_BQD)
+    return x_BQD, cache

@@ -1,5 +1,7 @@
 """The GPT-NeoX block (Pythia): biases, partial rotary, LayerNorm, GELU; parallel or sequential residual."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 
@@ -17,13 +19,25 @@ class GPTNeoXBlock(nn.Module):
     """One layer.
 
     Attributes:
-      slots_per_token: C + 1; the matrices that write to the residual stream start smaller by sqrt(2 N (C + 1)).
+      forwards_per_token: C + 1; the matrices that write to the residual stream start smaller by sqrt(2 N (C + 1)).
       kept: the slots whose outputs are computed; keys and values are, for all.
     """
 
     spec: ModelSpec
-    slots_per_token: int
+    forwards_per_token: int
     kept: SlotRange = ALL_SLOTS
+
+    activation = staticmethod(partial(nn.gelu, approximate=False))
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether attention and MLP read the same input."""
+        return self.spec.parallel_residual
+
+    @property
+    def residual_divisor(self) -> float:
+        """sqrt(2 N (C + 1))."""
+        return (2 * self.spec.num_layers * self.forwards_per_token) ** 0.5
 
     @nn.compact
     def __call__(
@@ -36,7 +50,7 @@ class GPTNeoXBlock(nn.Module):
     ) -> tuple[jax.Array, KeyValueCache | None]:
         """Returns the layer's output (B, Q, D) for the kept slots and the cache with this layer written."""
         spec, kept = self.spec, self.kept
-        divisor = (2 * spec.num_layers * self.slots_per_token) ** 0.5
+        divisor = self.residual_divisor
         x_BSD = name_layer_input(x_BSD)
 
         normed_BSD = layer_norm(spec, "input_norm")(x_BSD)
@@ -72,12 +86,12 @@ class GPTNeoXBlock(nn.Module):
             spec, width, ("heads", "head_dim", "embed"), use_bias=True, init_divisor=divisor, name="attention_out"
         )(attended_BQHK)
 
-        if not spec.parallel_residual:
+        if not self.is_parallel:
             x_BQD = x_BQD + attention_BQD
         normed_BQD = layer_norm(spec, "mlp_norm")(x_BQD)
         inner_BQF = Linear(spec, (spec.intermediate_size,), ("embed", "mlp"), use_bias=True, name="mlp_in")(normed_BQD)
-        inner_BQF = shard_activation(nn.gelu(inner_BQF, approximate=False), "batch", "slots", "act_mlp")
+        inner_BQF = shard_activation(self.activation(inner_BQF), "batch", "slots", "act_mlp")
         mlp_BQD = Linear(spec, width, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out")(inner_BQF)
-        if spec.parallel_residual:
+        if self.is_parallel:
             mlp_BQD = mlp_BQD + attention_BQD
         return shard_activation(x_BQD + mlp_BQD, "batch", "slots", None), cache

@@ -17,12 +17,12 @@ class LlamaBlock(nn.Module):
     """One layer.
 
     Attributes:
-      slots_per_token: C + 1; unused here: LLaMA's residual matrices start smaller by sqrt(2 N), whatever C is.
+      forwards_per_token: C + 1; unused here: LLaMA's residual matrices start smaller by sqrt(2 N), whatever C is.
       kept: the slots whose outputs are computed; keys and values are, for all.
     """
 
     spec: ModelSpec
-    slots_per_token: int
+    forwards_per_token: int
     kept: SlotRange = ALL_SLOTS
 
     @nn.compact

@@ -18,6 +18,8 @@ def rotate(x_BSHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """
     cos, sin = angles
     half = cos.shape[-1]
+    if half == 0:
+        return x_BSHK
     first, second, rest = jnp.split(x_BSHK, [half, 2 * half], axis=-1)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     rotated = [first * cos - second * sin, second * cos + first * sin]

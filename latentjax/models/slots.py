@@ -57,6 +57,11 @@ def interleave(parts: Sequence[jax.Array]) -> jax.Array:
     return sum(spread(part, place) for place, part in enumerate(parts))
 
 
+def repeat_ids(ids_BT: jax.Array | None, slots: int) -> jax.Array | None:
+    """Gives every slot its token's id: (B, T) to (B, slots * T)."""
+    return None if ids_BT is None else jnp.repeat(ids_BT, slots, axis=1)
+
+
 def split(x_BS: jax.Array, count: int) -> list[jax.Array]:
     """The inverse of `interleave`: (B, count * T, ...) to `count` arrays of (B, T, ...)."""
     return [x_BS[:, place::count] for place in range(count)]

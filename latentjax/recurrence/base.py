@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from latentjax.models.cache import KeyValueCache
+from latentjax.models.embedding import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class RecurrenceSpec:
     train_jacobi_iterations: tuple[int, ...]
     backprop_passes: int
     scale_embeddings: bool
+    pause_token_id: int
+    ponder_chunk_tokens: int
 
 
 def rounding_tolerance(dtype: str) -> float:
@@ -36,7 +39,17 @@ class Recurrence(abc.ABC):
     @property
     @abc.abstractmethod
     def slots_per_token(self) -> int:
-        """How many slots a token takes: C + 1."""
+        """How many slots a token takes: C + 1, or 1 where it is the passes over it that are more."""
+
+    @property
+    def passes_per_slot(self) -> int:
+        """How many passes over a slot have keys and values of their own in decoding."""
+        return 1
+
+    @property
+    def forwards_per_token(self) -> int:
+        """How often decoding takes a token through the layers, in slots or in passes: its cost next to vanilla's 1."""
+        return self.slots_per_token * self.passes_per_slot
 
     @property
     @abc.abstractmethod
@@ -55,6 +68,11 @@ class Recurrence(abc.ABC):
         """How many slots per token of each of `passes` are read afterwards: the last layer computes no others."""
         return self.passes(num_jacobi_iterations)
 
+    @property
+    def vocabulary_products(self) -> int:
+        """Products with a (D, V) matrix per token of a forward or in decoding, besides the one that makes logits."""
+        return 0
+
     def token_forwards(self, num_jacobi_iterations: int) -> int:
         """Slots through the backbone per token in one training forward: the method's cost next to vanilla's 1."""
         return sum(self.passes(num_jacobi_iterations))
@@ -71,6 +89,7 @@ class Recurrence(abc.ABC):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
         *,
+        vocabulary: Vocabulary,
         num_jacobi_iterations: int,
     ) -> tuple[jax.Array, jax.Array | None]:
         """The training forward, over all tokens at once.
@@ -78,6 +97,7 @@ class Recurrence(abc.ABC):
         Args:
           x_BTD: scaled token embeddings.
           positions_BT: int32, B may be 1; segment_ids_BT: int32 or None.
+          vocabulary: for methods that look tokens up, or read predictions on the way.
           num_jacobi_iterations: R, static.
 
         Returns:
@@ -92,12 +112,14 @@ class Recurrence(abc.ABC):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
         *,
+        vocabulary: Vocabulary,
         tolerance: float,
         counted_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `forward`, with as many refinement passes as the thoughts need to settle; not to be differentiated.
 
         Args:
+          vocabulary: as in `forward`.
           tolerance: passes go on until no row's thoughts change by more than this, relatively (RMS); 0: until nothing
             changes, which is what sequential decoding computes.
           counted_BT: bool, the tokens whose thoughts count for that; None: all.
@@ -107,7 +129,9 @@ class Recurrence(abc.ABC):
           refinement passes; and their number, int32.
         """
         del tolerance, counted_BT
-        hidden_BTD, _ = self.forward(backbone, x_BTD, positions_BT, segment_ids_BT, num_jacobi_iterations=0)
+        hidden_BTD, _ = self.forward(
+            backbone, x_BTD, positions_BT, segment_ids_BT, vocabulary=vocabulary, num_jacobi_iterations=0
+        )
         return hidden_BTD, jnp.zeros(x_BTD.shape[:1], jnp.float32), jnp.zeros((), jnp.int32)
 
     @abc.abstractmethod
@@ -118,12 +142,15 @@ class Recurrence(abc.ABC):
         position_B: jax.Array,
         segment_id_B: jax.Array | None,
         cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
     ) -> tuple[jax.Array, KeyValueCache]:
         """Feeds one token per sequence, with its thoughts one after another: the method's exact definition.
 
         Args:
           x_BD: scaled token embeddings; position_B: int32 (B,); segment_id_B: int32 (B,) or None.
-          cache: room for `slots_per_token` more slots.
+          cache: room for `slots_per_token` more slots, of `passes_per_slot` passes each.
+          vocabulary: as in `forward`.
 
         Returns:
           What the head reads to predict the next token, (B, D), and the grown cache.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from latentjax.models.backbone import Backbone
 from latentjax.models.cache import KeyValueCache
-from latentjax.models.embedding import Embedding, Head
+from latentjax.models.embedding import Embedding, Head, Vocabulary
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.methods import make_recurrence
@@ -26,8 +26,8 @@ class LanguageModel(nn.Module):
     def setup(self) -> None:
         recurrence = make_recurrence(self.recurrence_spec)
         self.recurrence = recurrence
-        self.embedding = Embedding(self.spec, recurrence.embedding_scale(self.spec.hidden_size))
-        self.backbone = Backbone(self.spec, recurrence.slots_per_token)
+        self.embedding = Embedding(self.spec)
+        self.backbone = Backbone(self.spec, recurrence.forwards_per_token)
         self.head = Head(self.spec)
 
     def __call__(
@@ -66,12 +66,18 @@ class LanguageModel(nn.Module):
             num_jacobi_iterations = self.recurrence_spec.num_jacobi_iterations
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        x_BTD = self.embedding(tokens_BT)
+        vocabulary = self.vocabulary()
+        x_BTD = vocabulary.embed(tokens_BT)
         if self.is_initializing():
             # Parameters are the backbone's: one plain pass makes them all, whatever the method does with it.
             return self.backbone(x_BTD, positions_BT, segment_ids_BT)[0], None
         return self.recurrence.forward(
-            self.backbone, x_BTD, positions_BT, segment_ids_BT, num_jacobi_iterations=num_jacobi_iterations
+            self.backbone,
+            x_BTD,
+            positions_BT,
+            segment_ids_BT,
+            vocabulary=vocabulary,
+            num_jacobi_iterations=num_jacobi_iterations,
         )
 
     def hidden_until(
@@ -90,28 +96,42 @@ class LanguageModel(nn.Module):
         """
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        vocabulary = self.vocabulary()
         return self.recurrence.forward_until(
             self.backbone,
-            self.embedding(tokens_BT),
+            vocabulary.embed(tokens_BT),
             positions_BT,
             segment_ids_BT,
+            vocabulary=vocabulary,
             tolerance=tolerance,
             counted_BT=counted_BT,
         )
 
+    def vocabulary(self) -> Vocabulary:
+        """The ways between token ids and vectors, as the method scales them."""
+        table_VD, spec = self.embedding(), self.spec
+        return Vocabulary(
+            table_VD=table_VD,
+            head_DV=table_VD.T if spec.tie_embeddings else self.head(),
+            scale=self.recurrence.embedding_scale(spec.hidden_size),
+            dtype=spec.compute_dtype,
+        )
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """The head: (..., T, D) to float32 (..., T, V)."""
-        return self.head(hidden_BTD, self.embedding.transposed() if self.spec.tie_embeddings else None)
+        return self.vocabulary().logits(hidden_BTD)
 
     def decode(
         self, token_B: jax.Array, position_B: jax.Array, cache: KeyValueCache
     ) -> tuple[jax.Array, KeyValueCache]:
         """Feeds one token per sequence and returns the logits of the next, float32 (B, V), with the grown cache."""
-        x_BD = self.embedding(token_B[:, None])[:, 0]
-        hidden_BD, cache = self.recurrence.decode(self.backbone, x_BD, position_B, None, cache)
-        return self.logits(hidden_BD[:, None])[:, 0], cache
+        vocabulary = self.vocabulary()
+        x_BD = vocabulary.embed(token_B[:, None])[:, 0]
+        hidden_BD, cache = self.recurrence.decode(self.backbone, x_BD, position_B, None, cache, vocabulary=vocabulary)
+        return vocabulary.logits(hidden_BD[:, None])[:, 0], cache
 
     def empty_cache(self, batch_size: int, num_tokens: int) -> KeyValueCache:
         """A cache with room for `num_tokens` tokens and their thoughts."""
-        slots_per_token = make_recurrence(self.recurrence_spec).slots_per_token
-        return KeyValueCache.empty(self.spec, batch_size, num_tokens * slots_per_token)
+        recurrence = make_recurrence(self.recurrence_spec)
+        capacity = num_tokens * recurrence.slots_per_token
+        return KeyValueCache.empty(self.spec, batch_size, capacity, recurrence.passes_per_slot)

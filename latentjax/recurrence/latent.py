@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from latentjax.models.cache import KeyValueCache
+from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
-from latentjax.models.slots import SlotRange, interleave, split
+from latentjax.models.slots import SlotRange, interleave, repeat_ids, split
 from latentjax.recurrence.base import Recurrence
 
 
@@ -66,6 +67,7 @@ class Latent(Recurrence):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
         *,
+        vocabulary: Vocabulary,
         num_jacobi_iterations: int,
     ) -> tuple[jax.Array, jax.Array]:
         """Growing passes, R refinement passes as one scan, and the pass whose prediction slots the head reads."""
@@ -85,7 +87,7 @@ class Latent(Recurrence):
             slots = 1 + len(thoughts)
             kept = SlotRange(slots, start, slots if stop is None else stop)
             x_BSD = shard_activation(x_BSD, "batch", "slots", None)
-            h_BQD, _ = backbone(x_BSD, _repeat(positions_BT, slots), _repeat(segment_ids_BT, slots), kept=kept)
+            h_BQD, _ = backbone(x_BSD, repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots), kept=kept)
             return h_BQD if keep else jax.lax.stop_gradient(h_BQD)
 
         z_BQD = None
@@ -121,6 +123,7 @@ class Latent(Recurrence):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
         *,
+        vocabulary: Vocabulary,
         tolerance: float,
         counted_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -134,7 +137,7 @@ class Latent(Recurrence):
             slots = 1 + len(thoughts)
             kept = SlotRange(slots, start, slots if stop is None else stop)
             x_BSD = shard_activation(interleave([x_BTD, *thoughts]), "batch", "slots", None)
-            return backbone(x_BSD, _repeat(positions_BT, slots), _repeat(segment_ids_BT, slots), kept=kept)[0]
+            return backbone(x_BSD, repeat_ids(positions_BT, slots), repeat_ids(segment_ids_BT, slots), kept=kept)[0]
 
         z_BQD = None
         for _ in range(num_thoughts):
@@ -163,6 +166,8 @@ class Latent(Recurrence):
         position_B: jax.Array,
         segment_id_B: jax.Array | None,
         cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
     ) -> tuple[jax.Array, KeyValueCache]:
         """C + 1 slots, each fed the hidden state of the slot before."""
         segment_ids_B1 = None if segment_id_B is None else segment_id_B[:, None]
@@ -188,8 +193,3 @@ def _row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Arra
     new_BQD, old_BQD = (z.astype(jnp.float32) for z in (new_BQD, old_BQD))
     change_B, size_B = (jnp.sum(jnp.square(z) * weight, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
     return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
-
-
-def _repeat(ids_BT: jax.Array | None, slots: int) -> jax.Array | None:
-    """Gives every slot its token's id: (B, T) to (B, T * slots)."""
-    return None if ids_BT is None else jnp.repeat(ids_BT, slots, axis=1)

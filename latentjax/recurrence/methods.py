@@ -4,25 +4,25 @@ from collections.abc import Callable
 
 from latentjax.recurrence.base import Recurrence, RecurrenceSpec
 from latentjax.recurrence.latent import Latent
+from latentjax.recurrence.loop import Loop
+from latentjax.recurrence.pause import Pause
+from latentjax.recurrence.ponder import Ponder
 from latentjax.recurrence.vanilla import Vanilla
 
-
-def _latent(spec: RecurrenceSpec) -> Recurrence:
-    if spec.num_latent_thoughts == 0:
-        return Vanilla()
-    return Latent(spec.num_latent_thoughts, spec.backprop_passes, spec.scale_embeddings)
-
-
+# From the settings, of which num_latent_thoughts is at least 1.
 METHODS: dict[str, Callable[[RecurrenceSpec], Recurrence]] = {
     "vanilla": lambda spec: Vanilla(),
-    "latent": _latent,
+    "latent": lambda spec: Latent(spec.num_latent_thoughts, spec.backprop_passes, spec.scale_embeddings),
+    "ponder": lambda spec: Ponder(spec.num_latent_thoughts, spec.scale_embeddings, spec.ponder_chunk_tokens),
+    "loop": lambda spec: Loop(spec.num_latent_thoughts),
+    "pause": lambda spec: Pause(spec.num_latent_thoughts, spec.pause_token_id, spec.scale_embeddings),
 }
 
 
 def make_recurrence(spec: RecurrenceSpec) -> Recurrence:
-    """Builds the method that the settings name.
+    """Builds the method that the settings name; without any thoughts, pauses or more passes, that is vanilla.
 
     Raises:
       KeyError: an unknown method (the config is validated before a model is built).
     """
-    return METHODS[spec.method](spec)
+    return METHODS[spec.method](spec) if spec.num_latent_thoughts else Vanilla()

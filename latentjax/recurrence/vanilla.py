@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from latentjax.models.cache import KeyValueCache
+from latentjax.models.embedding import Vocabulary
 from latentjax.recurrence.base import Recurrence
 
 
@@ -31,6 +32,7 @@ class Vanilla(Recurrence):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
         *,
+        vocabulary: Vocabulary,
         num_jacobi_iterations: int,
     ) -> tuple[jax.Array, None]:
         """One pass."""
@@ -44,6 +46,8 @@ class Vanilla(Recurrence):
         position_B: jax.Array,
         segment_id_B: jax.Array | None,
         cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
     ) -> tuple[jax.Array, KeyValueCache]:
         """One slot."""
         segment_ids_B1 = None if segment_id_B is None else segment_id_B[:, None]

@@ -1,9 +1,9 @@
 """Model FLOPs and what devices could do: the one place that MFU comes from.
 
 Counted are the matrix products that the method needs: the passes of the recurrence, without what the last layer of a
-pass would compute for slots that nobody reads, attention at half (causal), the head once per token, and twice a forward
-for the backward of every pass that gradients flow through. Not counted are recomputation, norms, softmax and the
-optimizer (the convention of PaLM, arXiv 2204.02311, appendix B).
+pass would compute for slots that nobody reads, attention at half (causal), the head once per token and what a method
+asks of the vocabulary on the way, and twice a forward for the backward of every pass that gradients flow through. Not
+counted are recomputation, norms, softmax and the optimizer (the convention of PaLM, arXiv 2204.02311, appendix B).
 """
 
 import time
@@ -56,8 +56,12 @@ def train_flops_per_token(
     flops = [pass_flops_per_token(spec, *each, sequence_length) for each in zip(passes, kept, strict=True)]
     forward = sum(flops)
     backward = 2 * sum(flops[-recurrence.num_trained_passes(num_jacobi_iterations) :])
-    head = 3 * 2.0 * spec.hidden_size * spec.vocab_size
-    return forward + backward + head
+    return forward + backward + 3 * vocabulary_flops(spec, recurrence)
+
+
+def vocabulary_flops(spec: ModelSpec, recurrence: Recurrence) -> float:
+    """FLOPs per token of all products with a (D, V) matrix in one forward: the head's, and what the method adds."""
+    return (1 + recurrence.vocabulary_products) * 2.0 * spec.hidden_size * spec.vocab_size
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -27,7 +27,7 @@ from latentjax.training.rewinding import rewind
 from latentjax.training.sampling import sample_text
 from latentjax.training.scoring import Refinement, Scorer, ScoreTasks
 from latentjax.training.signals import StopRequest
-from latentjax.training.start import Run, prepare_run
+from latentjax.training.start import ReadParams, Run, prepare_run
 from latentjax.training.state import TrainState
 from latentjax.training.storage_errors import writing
 from latentjax.training.watchdog import Watchdog
@@ -38,6 +38,7 @@ def train(
     workdir: Path,
     stop: StopRequest,
     watchdog: Watchdog | None = None,
+    initial_params: ReadParams | None = None,
     score_tasks: ScoreTasks | None = None,
 ) -> dict[str, Any] | None:
     """Trains to `train.num_steps`, resuming where the run in `workdir` is.
@@ -46,6 +47,8 @@ def train(
       config: validated (`latentjax.validation`).
       stop: entered for the steps and asked after each; when it says so the state is saved and None returned.
       watchdog: is told where the loop is, so that others see whether it hangs; None where there are no others.
+      initial_params: gives the parameters that a run begins with; None: random ones. A run that goes on has no use for
+        it.
       score_tasks: runs `train.eval_tasks`, every `train.tasks_every_steps`; None: they are not run.
 
     Returns:
@@ -55,7 +58,7 @@ def train(
       UserError: anything about data, mesh or directory that the user can mend.
     """
     with contextlib.ExitStack() as resources:
-        run = prepare_run(config, workdir, resources)
+        run = prepare_run(config, workdir, resources, initial_params)
         if watchdog is not None:
             run.at = watchdog.at
         run.score_tasks = score_tasks

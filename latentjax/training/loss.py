@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from latentjax.models.token_chunks import num_chunks, split_tokens
+
 
 def next_token_loss(
     logits_fn: Callable[[jax.Array], jax.Array],
@@ -24,27 +26,17 @@ def next_token_loss(
     Returns:
       float32 scalar, the weighted sum.
     """
-    num_tokens = hidden_BTD.shape[1]
-    if chunk_tokens == 0 or chunk_tokens >= num_tokens:
+    chunks = num_chunks(hidden_BTD.shape[1], chunk_tokens)
+    if chunks == 1:
         return _summed(logits_fn, hidden_BTD, targets_BT, weights_BT)
-    chunks = -(-num_tokens // chunk_tokens)
-    padding = chunks * chunk_tokens - num_tokens
-
-    def split(x: jax.Array) -> jax.Array:
-        """(B, T, ...) to (chunks, B, t, ...), padded at the end with zeros, which also weigh nothing.
-
-        A chunk takes every chunks-th token: where T is spread over devices, each of them has its part in every chunk.
-        """
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunk_tokens, chunks, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + _summed(logits_fn, *chunk), None
 
-    total, _ = jax.lax.scan(
-        add_chunk, jnp.zeros((), jnp.float32), (split(hidden_BTD), split(targets_BT), split(weights_BT))
-    )
+    # The zeros that a sequence is filled up with weigh nothing either.
+    parts = tuple(split_tokens(part, chunks) for part in (hidden_BTD, targets_BT, weights_BT))
+    total, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), parts)
     return total
 
 

@@ -29,6 +29,7 @@ FIXED_KEYS = tuple(
         "rotary_fraction", "rope_theta", "parallel_residual", "norm_epsilon", "tie_embeddings",
     )
 ) + tuple(f"recurrence.{key}" for key in ("method", "num_latent_thoughts", "scale_embeddings"))  # fmt: skip
+FIXED_KEYS_OF_METHOD = {"pause": ("recurrence.pause_token_id",)}
 
 
 def claim(workdir: Path, config: ConfigDict) -> tuple[list[str], TextIO]:
@@ -54,13 +55,14 @@ def claim(workdir: Path, config: ConfigDict) -> tuple[list[str], TextIO]:
 
 def _changes(path: Path, workdir: Path, config: ConfigDict) -> list[str]:
     before = config_lib.values_from_json(_read(path), str(path))
+    fixed = FIXED_KEYS + FIXED_KEYS_OF_METHOD.get(config.recurrence.method, ())
     changes = []
     for key, value in config_lib.flatten(config).items():
         # A knob that the version which began the run did not have is reported like one that was changed.
         if key in before and before[key] == value:
             continue
         was = repr(before[key]) if key in before else "not known"
-        if key in FIXED_KEYS:
+        if key in fixed:
             raise UserError(
                 f"{workdir} holds a run of another model: {key} was {was} there and is {value!r} now; "
                 "give another --workdir, or the config that made it"

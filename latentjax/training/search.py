@@ -167,6 +167,8 @@ def num_parameters(spec: ModelSpec) -> int:
     per_layer = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * spec.kv_heads)
     per_layer += (3 if spec.architecture == "llama" else 2) * spec.hidden_size * spec.intermediate_size
     tables = (1 if spec.tie_embeddings else 2) * spec.vocab_size * spec.hidden_size
+    if spec.architecture == "gpt2":
+        tables += spec.max_position_embeddings * spec.hidden_size
     return spec.num_layers * per_layer + tables
 
 

@@ -28,7 +28,10 @@ from latentjax.training.optimizer import make_optimizer
 from latentjax.training.sampling import encode_prompts
 from latentjax.training.scoring import Scorer, ScoreTasks
 from latentjax.training.signals import ending_at_once
-from latentjax.training.state import TrainState, abstract_state, create_state
+from latentjax.training.state import TrainState, abstract_state, create_state, state_from_params
+
+# From shapes, dtypes and shardings to parameters that are so; raises `UserError`.
+ReadParams = Callable[[Any], Any]
 
 
 class StartClock:
@@ -69,6 +72,7 @@ class Run:
     skips: tuple[Skip, ...]  # stretches of batches that are stepped over
     start_clock: StartClock
     goodput: Goodput
+    initial_params: ReadParams | None = None  # what the run begins with; None: random ones
     at: Callable[[int, str], None] = lambda step, doing: None  # is told where the loop is (`Watchdog.at`)
     score_tasks: ScoreTasks | None = None  # runs tasks, with a scorer made when it is first needed
     scorer: Scorer | None = None
@@ -115,7 +119,11 @@ def load_state(run: Run) -> dict[str, Any]:
     if run.checkpoints.latest_step is None:
         optimizer = make_optimizer(config.optimizer, config.train.num_steps)
         with programs.memory_errors("initialising the parameters"):
-            run.state = jax.block_until_ready(create_state(run.model, optimizer, run.mesh, config.train.seed))
+            if run.initial_params is None:
+                state = create_state(run.model, optimizer, run.mesh, config.train.seed)
+            else:
+                state = state_from_params(run.initial_params(run.abstract_state.params), optimizer, run.abstract_state)
+            run.state = jax.block_until_ready(state)
     else:
         run.state, notes = run.checkpoints.restore()
         if notes["tokenizer"] != run.sources.tokenizer.fingerprint:
@@ -131,7 +139,9 @@ def load_state(run: Run) -> dict[str, Any]:
     return notes
 
 
-def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> Run:
+def prepare_run(
+    config: ConfigDict, workdir: Path, resources: contextlib.ExitStack, initial_params: ReadParams | None = None
+) -> Run:
     """Opens data, mesh and directory, compiles every program, and restores or initialises the state.
 
     What has to be given back when the run ends, well or not, is pushed onto `resources`.
@@ -144,6 +154,13 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
         raise UserError(
             f"the data ({sources.description}) have a vocabulary of {sources.vocab_size}, larger than "
             f"model.vocab_size={config.model.vocab_size}: raise that, or use a tokenizer with fewer pieces"
+        )
+    recurrence = config.recurrence
+    pauses = recurrence.method == "pause" and recurrence.num_latent_thoughts > 0 and recurrence.pause_token_id == -1
+    if pauses and sources.vocab_size == config.model.vocab_size:
+        raise UserError(
+            f"recurrence.pause_token_id=-1 is the last of model.vocab_size={config.model.vocab_size} tokens, but the "
+            f"data ({sources.description}) have as many: raise model.vocab_size by one or more, or name a token"
         )
     if config.train.sample_every_steps:
         train, limit = config.train, config.model.max_position_embeddings
@@ -175,6 +192,7 @@ def prepare_run(config: ConfigDict, workdir: Path, resources: contextlib.ExitSta
         skips=read_skips(workdir),
         start_clock=start_clock,
         goodput=goodput,
+        initial_params=initial_params,
     )
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""

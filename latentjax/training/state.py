@@ -77,6 +77,21 @@ def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
     return _with_shardings(boxed, mesh)
 
 
+def state_from_params(params: Any, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The state of a run that begins with these parameters, whose memory it takes over.
+
+    Args:
+      abstract: of `abstract_state`; the parameters lie as it says.
+    """
+
+    def create(params: Any) -> TrainState:
+        opt_state = optimizer.init(params)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, counts=no_counts())
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params)
+
+
 def create_state(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """Initialises directly into its shards; the same numbers on every mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))

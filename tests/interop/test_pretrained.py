@@ -49,17 +49,21 @@ def same(one, other):
         np.testing.assert_array_equal(leaf, other[path], err_msg="/".join(path))
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_params_to_tensors_and_back(architecture, tie_embeddings):
-    """Identical bits; one tensor per layer, under distinct names and in the layout of torch, (out, in)."""
+    """Identical bits; one tensor per layer, under distinct names and in the layout of theirs."""
     model = language_model(0, architecture, tie_embeddings=tie_embeddings)
     params = params_of(model)
     tensors = tensors_from_params(params, model.spec)
     same(params_from_tensors(tensors, model.spec, "here"), params)
     assert sum(array.size for array in tensors.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
-    mlp_in = {"gpt_neox": "gpt_neox.layers.1.mlp.dense_h_to_4h.weight", "llama": "model.layers.1.mlp.up_proj.weight"}
-    assert tensors[mlp_in[architecture]].shape == (24, 16)
+    name, shape = {
+        "gpt_neox": ("gpt_neox.layers.1.mlp.dense_h_to_4h.weight", (24, 16)),
+        "llama": ("model.layers.1.mlp.up_proj.weight", (24, 16)),
+        "gpt2": ("transformer.h.1.mlp.c_fc.weight", (16, 24)),
+    }[architecture]
+    assert tensors[name].shape == shape
     assert ({"embed_out.weight", "lm_head.weight"} & tensors.keys() == set()) == tie_embeddings
 
 

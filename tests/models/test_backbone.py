@@ -23,7 +23,7 @@ def apply_backbone(architecture, num_layers, kept, segment_ids_BS=None, width=16
     return apply, params_of(model)["backbone"]
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])  # GPT-2 has the layers of GPT-NeoX
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
 @pytest.mark.parametrize("kept", [SlotRange(2, 0, 1), SlotRange(2, 1, 2), SlotRange(3, 1, 3)])
 def test_kept_slots_have_the_hidden_states_of_all(architecture, num_layers, kept):

@@ -1,4 +1,4 @@
-"""Paths that the parity cases do not reach: the sequential residual of GPT-NeoX, and the tied head."""
+"""What the parity cases do not reach: GPT-NeoX one after the other, GPT-2, and the tied head."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from scipy.special import erf, log_softmax, softmax
 from tiny import language_model, params_of, tokens
 
 from latentjax.models.backbone import Backbone
-from latentjax.models.embedding import Head
+from latentjax.models.embedding import Vocabulary
 
 
 def norm(x, params):
@@ -15,7 +15,16 @@ def norm(x, params):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * params["scale"] + params["bias"]
 
 
-def neox_hidden(params, x_TD, *, parallel, theta=100.0, rotary=4):
+def exact_gelu(x):
+    return x * (1 + erf(x / 2**0.5)) / 2
+
+
+def tanh_gelu(x):
+    """GPT-2's, as its code has it: from section 2 of arXiv 1606.08415."""
+    return x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def neox_hidden(params, x_TD, *, parallel, theta=100.0, rotary=4, gelu=exact_gelu):
     """A GPT-NeoX backbone for one sequence in float64 NumPy, from its paper (arXiv 2204.06745)."""
     layers = [jax.tree.map(lambda p: np.asarray(p[0], np.float64), params["layers"])]  # one, and the last
     layers.append(jax.tree.map(lambda p: np.asarray(p, np.float64), params["last_layer"]))
@@ -38,7 +47,7 @@ def neox_hidden(params, x_TD, *, parallel, theta=100.0, rotary=4):
 
         def mlp(x, layer=layer):
             inner = norm(x, layer["mlp_norm"]) @ layer["mlp_in"]["kernel"] + layer["mlp_in"]["bias"]
-            return inner * (1 + erf(inner / 2**0.5)) / 2 @ layer["mlp_out"]["kernel"] + layer["mlp_out"]["bias"]
+            return gelu(inner) @ layer["mlp_out"]["kernel"] + layer["mlp_out"]["bias"]
 
         x_TD = x_TD + attention_TD + mlp(x_TD if parallel else x_TD + attention_TD)
     return norm(x_TD, jax.tree.map(lambda p: np.asarray(p, np.float64), params["final_norm"]))
@@ -56,13 +65,28 @@ def test_neox_residuals(parallel):
     assert np.abs(hidden_BTD[0] - other).max() > 1e-2
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+def test_gpt2_is_neox_without_rotary_on_learned_positions():
+    """Positions of tokens that are not in order, and the same for two slots: each adds its row of the table."""
+    model = language_model(1, "gpt2")
+    params = params_of(model)["backbone"]
+    x_BSD = np.random.default_rng(0).standard_normal((2, 6, 16)).astype(np.float32)
+    positions_BS = np.array([[0, 0, 1, 1, 2, 2], [5, 5, 0, 0, 63, 63]])
+    hidden_BSD, _ = jax.jit(Backbone(model.spec, 2).apply)({"params": params}, x_BSD, positions_BS)
+    table_PD = np.asarray(params["position_embedding"]["embedding"])
+    for hidden_SD, x_SD, positions_S in zip(hidden_BSD, x_BSD, positions_BS):
+        entering_SD = x_SD.astype(np.float64) + table_PD[positions_S]
+        expected = neox_hidden(params, entering_SD, parallel=False, rotary=0, gelu=tanh_gelu)
+        np.testing.assert_allclose(hidden_SD, expected, rtol=0, atol=2e-5)
+        assert np.abs(hidden_SD - neox_hidden(params, entering_SD, parallel=False, rotary=0)).max() > 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
 def test_tied_head_is_the_transposed_embedding(architecture):
     """No matrix of its own; the logits are those of an untied model whose head was set to it."""
     tied = language_model(0, architecture, tie_embeddings=True)
     params = params_of(tied)
     assert "head" not in params
-    untied = language_model(0, architecture)
+    untied = language_model(0, architecture, tie_embeddings=False)
     copied = {**params, "head": {"kernel": params["embedding"]["embedding"].T}}
     tokens_BT = tokens(2, 5)
     np.testing.assert_allclose(
@@ -89,7 +113,7 @@ def test_head_sums_in_float32():
     spec = language_model(0, dtype="bfloat16", hidden_size=512, num_heads=2).spec
     hidden_TD = rng.standard_normal((1, 3, 512)).astype(np.float32)
     kernel_DV = rng.standard_normal((512, 29)).astype(np.float32)
-    logits = Head(spec).apply({"params": {"kernel": kernel_DV}}, hidden_TD, None)
+    logits = Vocabulary(kernel_DV.T, kernel_DV, 1.0, spec.compute_dtype).logits(hidden_TD)
     assert logits.dtype == np.float32
     rounded = [np.asarray(jax.numpy.asarray(x, "bfloat16"), np.float64) for x in (hidden_TD, kernel_DV)]
     np.testing.assert_allclose(logits, rounded[0] @ rounded[1], rtol=0, atol=1e-3)

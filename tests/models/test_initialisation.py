@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny import language_model
+from tiny import language_model, params_of
 
 NUM_LAYERS, WIDTH = 3, 160
 BASE = (2 / (5 * WIDTH)) ** 0.5
@@ -32,9 +32,9 @@ def initialised(architecture, num_thoughts):
 
 
 @pytest.mark.parametrize("num_thoughts", [0, 1, 3])
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
 def test_standard_deviations(architecture, num_thoughts):
-    """sqrt(2 / 5D); what writes to the residual stream / sqrt(2N) (llama) or sqrt(2N (C + 1)) (gpt_neox)."""
+    """sqrt(2 / 5D); what writes to the residual stream / sqrt(2N), or sqrt(2N (C + 1)) (gpt_neox)."""
     _, params = initialised(architecture, num_thoughts)
     divisor = (2 * NUM_LAYERS * (num_thoughts + 1 if architecture == "gpt_neox" else 1)) ** 0.5
     seen = 0
@@ -49,7 +49,7 @@ def test_standard_deviations(architecture, num_thoughts):
             assert 0.93 * 3 * std < np.abs(leaf).max() <= 3 * std * 1.0001, name
         else:
             np.testing.assert_array_equal(leaf, 1.0 if path[-1] == "scale" else 0.0, err_msg=name)
-    assert seen == {"gpt_neox": 10, "llama": 16}[architecture]  # the last layer stands alone
+    assert seen == {"gpt_neox": 10, "llama": 16, "gpt2": 10}[architecture]  # the last layer stands alone
 
 
 def test_layers_differ():
@@ -69,7 +69,7 @@ def test_embeddings_enter_with_unit_rms_as_thoughts_do():
     model, params = initialised("gpt_neox", 1)
 
     def first_pass(module, tokens_BT):
-        x_BTD = module.embedding(tokens_BT)
+        x_BTD = module.vocabulary().embed(tokens_BT)
         return x_BTD, module.backbone(x_BTD, jnp.arange(tokens_BT.shape[1])[None])[0]
 
     tokens_BT = np.arange(300).reshape(10, 30)
@@ -77,14 +77,14 @@ def test_embeddings_enter_with_unit_rms_as_thoughts_do():
         assert np.sqrt(np.mean(np.square(x_BTD))) == pytest.approx(1, abs=0.02)
 
 
-def test_embeddings_scale_is_the_methods_choice():
-    """Vanilla feeds the rows of the table as they are."""
-    latent, vanilla = language_model(1), language_model(0)
-    tokens_BT = np.array([[3, 5, 3]])
-    params = {"embedding": {"embedding": jnp.asarray(np.random.default_rng(0).random((29, 16)), jnp.float32)}}
-    embed = lambda module, tokens: module.embedding(tokens)  # noqa: E731
-    table = np.asarray(params["embedding"]["embedding"])
-    np.testing.assert_array_equal(vanilla.apply({"params": params}, tokens_BT, method=embed), table[tokens_BT])
-    np.testing.assert_allclose(
-        latent.apply({"params": params}, tokens_BT, method=embed), table[tokens_BT] * 40**0.5, rtol=1e-6
-    )
+@pytest.mark.parametrize(
+    ("method", "num_thoughts", "scale"),
+    [("latent", 1, 40**0.5), ("loop", 1, 40**0.5), ("pause", 2, 4.0), ("ponder", 2, 4.0), ("vanilla", 1, 1.0),
+     ("ponder", 0, 1.0)],
+)  # fmt: skip
+def test_embeddings_scale_is_the_methods_choice(method, num_thoughts, scale):
+    """sqrt(2.5 D), sqrt(D), or the rows of the table as they are; of width 16."""
+    model, tokens_BT = language_model(num_thoughts, method=method), np.array([[3, 5, 3]])
+    params = params_of(model)
+    x_BTD = model.apply({"params": params}, tokens_BT, method=lambda module, ids: module.vocabulary().embed(ids))
+    np.testing.assert_allclose(x_BTD, params["embedding"]["embedding"][tokens_BT] * scale, rtol=1e-6)

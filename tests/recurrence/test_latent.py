@@ -36,7 +36,14 @@ def decoded_logits(model, tokens_BT):
 
 @pytest.mark.parametrize(
     ("num_thoughts", "iterations", "architecture"),
-    [(0, 0, "gpt_neox"), *((c, r, "gpt_neox") for c in (1, 2, 3) for r in (0, 1, 3)), (0, 0, "llama"), (1, 3, "llama")],
+    [
+        (0, 0, "gpt_neox"),
+        *((c, r, "gpt_neox") for c in (1, 2, 3) for r in (0, 1, 3)),
+        (0, 0, "llama"),
+        (1, 3, "llama"),
+        (0, 0, "gpt2"),
+        (1, 3, "gpt2"),
+    ],
 )
 def test_causality(num_thoughts, iterations, architecture):
     """Another token t leaves every logit before t as it was and moves all from t on."""
@@ -62,8 +69,9 @@ def test_a_pass_more_makes_one_thought_more_exact(num_thoughts, iterations):
     assert error_BT[:, exact:].min() > 1e-4
 
 
-@pytest.mark.parametrize("num_thoughts", [1, 2])
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize(
+    ("num_thoughts", "architecture"), [(1, "gpt_neox"), (2, "gpt_neox"), (1, "llama"), (2, "llama"), (1, "gpt2")]
+)
 def test_converged_training_forward_is_sequential_decoding(num_thoughts, architecture):
     """R >= C T passes, and the cached decoder, solve the same equations."""
     model, tokens_BT = language_model(num_thoughts, architecture), tokens(2, 6)
@@ -151,15 +159,17 @@ def slots_fed(jaxpr):
 @pytest.mark.parametrize("iterations", [0, 3])
 def test_token_forwards_counts_the_slots_fed(num_thoughts, iterations):
     """C (C + 1) / 2 + (R + 1) (C + 1) per token, 1 where C = 0; decoding takes C + 1."""
-    recurrence = make_recurrence(RecurrenceSpec("latent", num_thoughts, iterations, (iterations,), 0, True))
+    recurrence = make_recurrence(RecurrenceSpec("latent", num_thoughts, iterations, (iterations,), 0, True, -1, 0))
     variables = {"params": {"scale": jnp.ones(())}}
     x_BTD, positions_BT = jnp.ones((2, 5, 4)), jnp.arange(5)[None]
 
     def forward(backbone):
-        return recurrence.forward(backbone, x_BTD, positions_BT, None, num_jacobi_iterations=iterations)
+        return recurrence.forward(
+            backbone, x_BTD, positions_BT, None, vocabulary=None, num_jacobi_iterations=iterations
+        )
 
     def decode(backbone):
-        return recurrence.decode(backbone, x_BTD[:, 0], jnp.zeros(2, jnp.int32), None, jnp.zeros(()))
+        return recurrence.decode(backbone, x_BTD[:, 0], jnp.zeros(2, jnp.int32), None, jnp.zeros(()), vocabulary=None)
 
     def count(function):
         return slots_fed(jax.make_jaxpr(nn.apply(function, MarkedBackbone()))(variables).jaxpr)

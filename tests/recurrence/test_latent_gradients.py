@@ -32,7 +32,7 @@ def unrolled_loss(params, constant_passes):
 
     def run(module, tokens_BT):
         batch_size, num_tokens = tokens_BT.shape
-        x_BTD = module.embedding(tokens_BT)
+        x_BTD = module.vocabulary().embed(tokens_BT)
         thoughts = []  # of every token, (B, T, D) each
         for n in range(NUM_PASSES):
             slots = 1 + len(thoughts)

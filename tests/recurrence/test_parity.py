@@ -14,7 +14,9 @@ from latentjax.interop.pretrained import load_pretrained, tensors_from_params
 
 CASES = Path(__file__).parents[1] / "fixtures" / "parity"
 LATENT = ("gpt_neox-latent-c1-r3", "llama-latent-c1-r3", "gpt_neox-latent-c2-r2")
-ALL = ("gpt_neox-vanilla", "llama-vanilla-gqa", *LATENT)
+PASSES = ("gpt_neox-loop-1", "llama-loop-2", "llama-ponder-2")
+PAUSE = ("gpt_neox-pause-1", "llama-pause-1")
+ALL = ("gpt_neox-vanilla", "llama-vanilla-gqa", *LATENT, *PASSES, *PAUSE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ def matmul_flops(jaxpr) -> float:
     return total
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
 @pytest.mark.parametrize(("num_thoughts", "num_iterations"), [(0, 0), (1, 0), (1, 3), (2, 2)])
 def test_forward_flops_are_those_of_the_program(architecture: str, num_thoughts: int, num_iterations: int):
     model = language_model(num_thoughts, architecture)

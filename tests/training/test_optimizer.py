@@ -39,7 +39,7 @@ def test_schedule_without_warmup_starts_at_the_peak():
         assert float(rate(0)) == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
 def test_decay_moves_matrices_only(architecture):
     """Without gradients: matrices shrink by rate * decay; biases and norm scales stay, stacked to 2-D or not."""
     params = params_of(language_model(1, architecture))

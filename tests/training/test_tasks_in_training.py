@@ -31,7 +31,7 @@ def test_results_are_logged_and_training_goes_on_as_without(whole_run: Path, tmp
 
     config = config_with()
     config.mesh.update(data=1, fsdp=8)
-    summary = train(config, tmp_path / "run", StopRequest(), None, score_tasks)
+    summary = train(config, tmp_path / "run", StopRequest(), None, None, score_tasks)
     lines = {line["step"]: line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert [step for step, line in lines.items() if "task/made_up/acc" in line] == [5, 10, 12]
     assert [lines[step]["task/made_up/acc"] for step in (5, 10, 12)] == [scores[0][0] for scores in scored]

@@ -106,9 +106,9 @@ class RecurrentLanguageModel:
             raise ValueError("output_attentions and output_hidden_states are not offered: a token has several passes")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        cache = self._token_cache(cache if cache is not None else past_key_values, use_cache)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions: give one of (batch, tokens)")
-        cache = self._token_cache(cache if cache is not None else past_key_values, use_cache)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         x_BTD = inputs_embeds * self.config.embedding_scale

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from latentjax.errors import UserError, brief, shown
-from latentjax.interop.hf_config import CODE_FILES
+from latentjax.interop.exported_config import CODE_FILES
 from latentjax.interop.hub import CONFIG, INDEX, WEIGHTS
 from latentjax.interop.names import name_table
 from latentjax.models.spec import ModelSpec
