@@ -160,7 +160,7 @@ def test_a_folder_has_no_held_out_text(whole_run: Path):
 
 def test_ids_of_another_tokenizer_are_refused(whole_run: Path, tmp_path: Path):
     config = recipes.get_config()
-    config.data.update(tokenizer="sentencepiece", tokenizer_vocab_size=300, store_cache=str(tmp_path / "stores"))
+    config.data.update(tokenizer="sentencepiece", tokenizer_vocab_size=400, store_cache=str(tmp_path / "stores"))
     open_sources(config.data, progress=False, needs_evaluation=False)
     (store,) = (tmp_path / "stores").iterdir()
     with pytest.raises(UserError, match="another tokenizer"):

@@ -92,6 +92,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_where_it_is(run):
     assert stamps(run).keys() == before.keys()
 
 
+def test_numbers_that_are_not_what_was_saved(run):
+    """By their checksums, where the files can be read; those of the optimizer's state are not asked for."""
+
+    def change_checksum(step, name):
+        path = run / "checkpoints" / str(step) / "run" / "metadata"
+        notes = json.loads(path.read_text())
+        del notes["sha256"]
+        notes["arrays"][next(each for each in notes["arrays"] if each.startswith(name))][2] ^= 1
+        path.write_text(json.dumps(checkpoint_files.seal(notes)))
+
+    change_checksum(12, "opt_state")
+    assert open_model(run).step == 12
+    change_checksum(12, "params.embedding")
+    notes = []
+    assert open_model(run, note=notes.append).step == 10
+    assert "(the checksum of params.embedding.embedding is another than when it was saved)" in notes[0]
+
+
 def test_a_checkpoint_that_the_run_deletes_meanwhile(run, monkeypatch):
     """It has written others by then: they are looked for again, and no damage is spoken of."""
     list_steps, listings = checkpoint_files.complete_steps, []

@@ -22,12 +22,16 @@ from latentjax.training.metrics import MetricsLog, read_metrics
 
 CASES = Path(__file__).parent / "fixtures" / "parity"
 FOLDER = CASES / "gpt_neox-latent-c1-r3"
+GPT2 = {
+    "model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_inner": None, "n_positions": 32, "vocab_size": 29,
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 @AMOUNTS
-@pytest.mark.parametrize("case", ["gpt_neox-latent-c1-r3", "llama-vanilla-gqa"])
+@pytest.mark.parametrize("case", ["gpt_neox-latent-c1-r3", "llama-vanilla-gqa", "gpt2"])
 def test_config_of_hugging_face(amount, case, tmp_path):
-    valid = json.loads((CASES / case / "config.json").read_text())
+    valid = GPT2 if case == "gpt2" else json.loads((CASES / case / "config.json").read_text())
     hf_config.specs_from_config(valid, "config.json")
 
     def check(content):

@@ -6,6 +6,9 @@ and the devices the parameters and one tensor more.
 """
 
 import functools
+import gc
+import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +26,7 @@ from latentjax.models.spec import ModelSpec
 # A tied head may be stored all the same; and what is derived from the config was once stored, too.
 _HEADS = ("embed_out.weight", "lm_head.weight")
 _DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+_MOST_WAITS, _WAIT_SECONDS = 200, 0.0005
 
 
 class Plan:
@@ -71,8 +75,12 @@ class Plan:
             raise UserError(f"{source}: tensor {extra[0]!r} is not part of this model ({len(extra)} such)")
         self.names = set(self._places)
 
-    def place(self, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, Any]:
-        """Returns the params tree of tensors that come one after another, in any order, each of `names` once."""
+    def place(self, tensors: Iterable[tuple[str, np.ndarray]], *, are_read: bool) -> dict[str, Any]:
+        """Returns the params tree of tensors that come one after another, in any order, each of `names` once.
+
+        Args:
+          are_read: nobody else holds them, so that the next one is not asked for before the last is gone.
+        """
         params: dict[str, jax.Array] = {}
         for name, array in tensors:
             entry, parameter, row = self._places[name]
@@ -85,9 +93,11 @@ class Plan:
                 if parameter not in params:
                     params[parameter] = _empty(abstract.shape, abstract.dtype, abstract.sharding)()
                 params[parameter] = _write_row(*settings)(params[parameter], sent, row)
-            # Not before this one is done with and let go is the next one read.
-            jax.block_until_ready(params[parameter])
-            del sent, array
+            if are_read:
+                jax.block_until_ready((sent, params[parameter]))
+                held = weakref.ref(array if array.base is None else array.base)
+                del sent, array
+                _wait_for_end_of(held)
         return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in params.items()})
 
 
@@ -102,15 +112,32 @@ def each(tensors: Mapping[str, np.ndarray], names: set[str]) -> Iterator[tuple[s
     return ((name, array) for name, array in tensors.items() if name in names)
 
 
+def _wait_for_end_of(held: weakref.ref) -> None:
+    """Returns when an array is gone, or after a moment: nothing but memory depends on it.
+
+    The threads that have copied it let go of it some time later, and then jax waits for a collection of garbage.
+    """
+    for _ in range(_MOST_WAITS):
+        if held() is None:
+            return
+        gc.collect(0)
+        time.sleep(_WAIT_SECONDS)
+
+
 def _sent(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    """Puts a tensor onto the devices as it is, a part on each where an axis of it divides."""
+    """Puts a tensor onto the devices as it is, a part on each where an axis of it divides.
+
+    It is copied on a CPU too, where jax could go on to use the array as its own.
+    """
     if not isinstance(sharding, NamedSharding):
-        return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
+        return jax.device_put(array, sharding, may_alias=False)
     mesh = sharding.mesh
     axis = next((axis for axis, size in enumerate(array.shape) if size % mesh.size == 0), None)
     parts = () if axis is None else (*[None] * axis, mesh.axis_names)
     spread = NamedSharding(mesh, PartitionSpec(*parts))
-    return jax.make_array_from_callback(array.shape, spread, lambda index: array[index])
+    indices = spread.addressable_devices_indices_map(array.shape)
+    shards = jax.device_put([array[index] for index in indices.values()], list(indices), may_alias=False)
+    return jax.make_array_from_single_device_arrays(array.shape, spread, shards)
 
 
 # Programs are made once for all layers and, in a process that loads several folders, for all of one form.

@@ -59,7 +59,7 @@ def read_params(folder: Path, spec: ModelSpec, abstract_params: Any) -> dict[str
     """
     tensors = TensorFolder(folder)
     plan = Plan(tensors.kinds, spec, abstract_params, str(folder))
-    return plan.place(tensors.read(plan.names))
+    return plan.place(tensors.read(plan.names), are_read=True)
 
 
 def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
       UserError: a tensor is missing, left over, or of another shape than the config says; `source` names the folder.
     """
     plan = Plan(kinds_of(tensors), spec, _abstract_params(spec), source)
-    return plan.place(each(tensors, plan.names))
+    return plan.place(each(tensors, plan.names), are_read=False)
 
 
 def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np.ndarray]:

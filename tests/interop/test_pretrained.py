@@ -14,12 +14,17 @@ from safetensors.numpy import load_file, save_file
 from tiny import language_model, model_spec, params_of
 
 from latentjax.errors import UserError
+from latentjax.interop.hf_config import specs_from_config
 from latentjax.interop.hub import INDEX
 from latentjax.interop.pretrained import load_pretrained, params_from_tensors, tensors_from_params
+from latentjax.recurrence.methods import METHODS
 
 CASES = Path(__file__).parents[1] / "fixtures" / "parity"
 NEOX = "gpt_neox-latent-c1-r3"
 LLAMA = "llama-vanilla-gqa"
+IMPLEMENTED = sorted(
+    path.parent.name for path in CASES.glob("*/config.json") if json.loads(path.read_text())["method"] in METHODS
+)
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def test_params_to_tensors_and_back(architecture, tie_embeddings):
     assert ({"embed_out.weight", "lm_head.weight"} & tensors.keys() == set()) == tie_embeddings
 
 
-@pytest.mark.parametrize("folder", [NEOX, LLAMA], indirect=True)
+@pytest.mark.parametrize("folder", IMPLEMENTED, indirect=True)
 def test_tensors_to_params_and_back(folder):
     """What a file held is what is written from the loaded params."""
     model, params = load_pretrained(folder)
@@ -144,7 +149,9 @@ def assert_error(directory, pattern):
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"model_type": "mamba"}, r"config\.json: model_type='mamba'.*'gpt_neox' and 'llama'"),
+        ({"model_type": "mamba"}, r"config\.json: model_type='mamba'.*'gpt_neox' and 'llama' and 'gpt2'"),
+        ({"quantization_config": {"bits": 4}}, r"config\.json: quantization_config=.*bits"),
+        ({"num_key_value_heads": 2}, r"config\.json: num_key_value_heads=2 .*only llama"),
         ({"hidden_act": "relu"}, r"config\.json: hidden_act='relu'.*'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"config\.json: rope_scaling=.*linear"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"config\.json: rope_type='yarn'"),
@@ -158,6 +165,27 @@ def test_config_that_is_not_implemented(folder, changes, pattern):
     """Names the file, the key, its value and what would do."""
     change_config(folder, **changes)
     assert_error(folder, pattern)
+
+
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 29}
+
+
+def test_config_of_gpt2():
+    """Its own names, and its own defaults: a tied head, and an MLP of four times the width."""
+    spec, recurrence = specs_from_config(GPT2, "config.json")
+    assert spec == model_spec("gpt2", intermediate_size=64, max_position_embeddings=32, rope_theta=10000.0)
+    assert recurrence.method == "vanilla"
+    spec, _ = specs_from_config(GPT2 | {"n_inner": 24, "tie_word_embeddings": False}, "config.json")
+    assert (spec.intermediate_size, spec.tie_embeddings) == (24, False)
+    for key, value in {
+        "activation_function": "relu", "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True,
+        "add_cross_attention": True, "n_head": 3, "n_inner": 0,
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=rf"^config\.json: .*{key}={value!r}"):
+            specs_from_config(GPT2 | {key: value}, "config.json")
+    for key in GPT2:
+        with pytest.raises(UserError, match=rf"^config\.json: '{key}' is missing"):
+            specs_from_config({name: value for name, value in GPT2.items() if name != key}, "config.json")
 
 
 @pytest.mark.parametrize(
