@@ -171,7 +171,7 @@ class _Peers:
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
             raise UserError(
-                "the harness's own model needs lm_eval, torch and transformers: pip install 'latentjax[evaluate,peer]'"
+                "the harness's own model needs lm_eval, torch and transformers: pip install 'latentjax[tasks,peer]'"
             ) from error
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         device = torch_peer.use_device(platform, threads)
