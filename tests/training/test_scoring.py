@@ -77,6 +77,15 @@ def test_scores_are_those_of_each_request_alone(expected, batch_tokens: int):
     assert_same(scorer(batch_tokens=batch_tokens).score([*REQUESTS, REQUESTS[3]]), [*expected, expected[3]])
 
 
+@pytest.mark.parametrize(
+    ("method", "architecture"), [("latent", "gpt2"), ("pause", "llama"), ("loop", "gpt_neox"), ("ponder", "gpt_neox")]
+)
+def test_every_method_scores_in_shared_rows_as_alone(method: str, architecture: str):
+    """Where thoughts, pauses and pondering see no more than they would by themselves; learned positions, too."""
+    model = language_model(1, architecture, method=method)
+    assert_same(scorer(model).score(REQUESTS[:12]), alone(model, 2, REQUESTS[:12]))
+
+
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "sequence": 2, "tensor": 2}])
 def test_scores_are_the_same_on_every_mesh(sizes: dict[str, int]):
     model = language_model(1, vocab_size=30, num_heads=2)
