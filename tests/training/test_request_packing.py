@@ -105,6 +105,15 @@ def test_rows_are_filled_and_few_lengths():
     assert [row.length for row in alone] == sorted((row.length for row in alone), reverse=True)  # memory trouble first
 
 
+def test_a_row_has_room_for_its_targets():
+    """Short questions with many answers of one token: there are more targets than tokens."""
+    requests = [([question, 9, 9], [answer]) for question in range(20) for answer in range(30)]
+    rows = pack_rows(grow_trees(requests, LENGTH, share=True), 64, together=True)
+    (batch,) = make_batches(rows, 4096, 1, segmented=True)
+    assert batch.counts_G.tolist() == [600] and sorted(batch.requests[0]) == list(range(600))
+    assert max(row.num_targets for row in rows) <= 64 and len(rows) == 10
+
+
 def test_row_lengths_are_powers_of_two():
     assert [row_length(count, 1) for count in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
     assert row_length(3, 256) == 256
