@@ -217,11 +217,7 @@ def _on_text(
     if request.data:
         _use_tokenizer(request, data, opened)
     config.model.update({key: value for key, value in dataclasses.asdict(spec).items() if key in config.model})
-    config.recurrence.update(
-        method=model.recurrence_spec.method,
-        num_latent_thoughts=model.recurrence_spec.num_latent_thoughts,
-        num_jacobi_iterations=refinement.num_jacobi_iterations,
-    )
+    config.recurrence.update(dataclasses.asdict(model.recurrence_spec))
     validate(config)
     check_divisible(config, tuple(opened.mesh.shape.values()))
     sources = open_eval_sets(data, processes.is_first(), request.data, request.split)

@@ -30,7 +30,7 @@ from latentjax.training.state import create_state
 
 WANTED = 1.5  # our throughput in terms of the harness's
 TOLERANCE = 1e-3  # of a log-likelihood, which sums tens of log-probabilities, in nats
-_PEER_BATCHES = (1, 8, 16)  # of which the fastest is taken
+_PEER_BATCHES = (1, 8)  # of which the fastest is taken
 
 # Tokens of a context and of a continuation, lowest and highest, and continuations of each: as a byte-pair vocabulary of
 # 50,000 makes them of the paper's tasks, and of two of them with five examples.
@@ -171,7 +171,7 @@ class _Peers:
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
             raise UserError(
-                "the harness's own model needs lm_eval, torch and transformers: pip install 'latentjax[evaluate,peer]'"
+                "the harness's own model needs lm_eval, torch and transformers: pip install 'latentjax[tasks,peer]'"
             ) from error
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         device = torch_peer.use_device(platform, threads)

@@ -15,7 +15,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise UserError(
-        "tasks are run by lm-evaluation-harness, which is not installed: pip install 'latentjax[evaluate]'"
+        "tasks are run by lm-evaluation-harness, which is not installed: pip install 'latentjax[tasks]'"
     ) from error
 
 from latentjax.interop.lm_eval_adapter import LatentjaxLM

@@ -60,7 +60,7 @@ class TransformersText:
         except ImportError as error:
             raise UserError(
                 "the tokenizer of a Hugging Face folder is loaded by transformers, which is not installed: pip install "
-                "'latentjax[evaluate]'"
+                "'latentjax[tasks]'"
             ) from error
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))

@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (packages that may be absent are asked for first)
 """The evaluation harness on local tasks: through our adapter as through its own `hf` model on the same weights."""
 
 import os
@@ -5,11 +6,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,13 +19,11 @@ pytest.importorskip(
 )
 
 from harness_tasks import TASKS, VOCAB_SIZE, write_tasks, write_tokenizer
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import language_model, params_of
 
-from latentjax.errors import UserError
 from latentjax.interop import export
-from latentjax.interop.harness import PAPER_TASKS, Tasks
+from latentjax.interop.harness import Tasks
 from latentjax.interop.harness_text import TransformersText
 from latentjax.interop.hf_config import config_from_specs, is_vanilla
 from latentjax.interop.lm_eval_adapter import LatentjaxLM

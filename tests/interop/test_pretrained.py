@@ -17,14 +17,10 @@ from latentjax.errors import UserError
 from latentjax.interop.hf_config import specs_from_config
 from latentjax.interop.hub import INDEX
 from latentjax.interop.pretrained import load_pretrained, params_from_tensors, tensors_from_params
-from latentjax.recurrence.methods import METHODS
 
 CASES = Path(__file__).parents[1] / "fixtures" / "parity"
 NEOX = "gpt_neox-latent-c1-r3"
 LLAMA = "llama-vanilla-gqa"
-IMPLEMENTED = sorted(
-    path.parent.name for path in CASES.glob("*/config.json") if json.loads(path.read_text())["method"] in METHODS
-)
 
 
 @pytest.fixture

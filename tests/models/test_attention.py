@@ -8,18 +8,28 @@ import numpy as np
 import pytest
 
 from latentjax.errors import UserError
-from latentjax.models.attention import MAX_CHUNKS, QUERY_CHUNK, check_backend, choose_backend, xla_attention
+from latentjax.models.attention import (
+    BRANCHES,
+    MAX_CHUNKS,
+    QUERY_CHUNK,
+    SHARED_PREFIX,
+    check_backend,
+    choose_backend,
+    xla_attention,
+)
 from latentjax.models.attention_backend import AttentionRequest
 from latentjax.models.slots import ALL_SLOTS, SlotRange
 
 
-def naive_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS):
-    """Softmax of scaled dot products over the slots at or before the query, of its segment."""
+def naive_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS, prefix_ids_BS=None):
+    """Softmax of scaled dot products over the slots at or before the query, of its segment, or of that before it."""
     q, k, v = (np.asarray(x, np.float64) for x in (q_BSHK, k_BSGK, v_BSGK))
     out = np.zeros_like(q)
     per_group = q.shape[2] // k.shape[2]
     for b, s, h in np.ndindex(q.shape[:3]):
         visible = segment_ids_BS[b, : s + 1] == segment_ids_BS[b, s]
+        if prefix_ids_BS is not None:
+            visible |= segment_ids_BS[b, : s + 1] == prefix_ids_BS[b, s]
         scores = k[b, : s + 1, h // per_group][visible] @ q[b, s, h] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
         out[b, s, h] = weights / weights.sum() @ v[b, : s + 1, h // per_group][visible]
@@ -48,6 +58,20 @@ def test_one_segment(num_slots, num_heads, num_kv_heads):
     q, k, v = random_heads(num_slots, num_heads, num_kv_heads, batch_size=1)
     out = jax.jit(partial(xla_attention, segment_ids_BS=None, queried=ALL_SLOTS))(q, k, v)
     np.testing.assert_allclose(out, naive_attention(q, k, v, np.zeros((1, num_slots))), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("queried", [ALL_SLOTS, SlotRange(2, 1, 2)])
+def test_branches_see_the_prefix_of_their_tree(queried):
+    """Trees of a prefix and three branches, each of 25 slots, one behind another."""
+    q, k, v = random_heads(200, 2, 1)
+    parts = np.broadcast_to(np.arange(200) // 25, (2, 200))
+    trees, branches = parts // 4, parts % 4
+    ids, prefixes = (BRANCHES * trees + branches).astype(np.int32), BRANCHES * trees
+    attend = jax.jit(partial(SHARED_PREFIX.call, queried=queried))
+    out = attend(queried.take(q), k, v, segment_ids_BS=ids)
+    expected = naive_attention(q, k, v, ids, prefixes)[:, queried.indices(200)]
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    assert np.abs(expected - naive_attention(q, k, v, ids)[:, queried.indices(200)]).max() > 0.1
 
 
 @pytest.mark.parametrize("queried", [SlotRange(2, 0, 1), SlotRange(2, 1, 2), SlotRange(3, 0, 2), SlotRange(3, 2, 3)])
@@ -107,3 +131,8 @@ def test_a_backend_that_was_asked_for_is_never_replaced():
         UserError, match=r"model\.attention='splash' serves tpu devices, but these are cpu: choose auto"
     ):
         choose_backend("splash", request("cpu"))
+
+
+def test_configs_cannot_name_what_scoring_chooses():
+    with pytest.raises(UserError, match="shared_prefix"):
+        check_backend(SHARED_PREFIX.name)

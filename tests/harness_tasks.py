@@ -1,4 +1,4 @@
-"""What tests of the evaluation harness work with: a tokenizer, tasks with local data, and the harness's own `hf` model."""
+"""What tests of the evaluation harness work with: a tokenizer, and tasks of every kind with local data."""
 
 import json
 import random
