@@ -33,6 +33,21 @@ fail() {
   exit 2
 }
 
+escaped="'\''" # an apostrophe within apostrophes
+
+# Prints a command as a shell would read it.
+show() {
+  local word
+  for word in "$@"; do
+    if [[ $word =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]]; then
+      printf '%s ' "$word"
+    else
+      printf "'%s' " "${word//\'/$escaped}"
+    fi
+  done
+  echo
+}
+
 # One start of the job, on its first node: sbatch runs this file again with --in_job before the settings.
 run_in_job() {
   local max_restarts=$1 setup=$2 python=$3 status=0 ended_by_slurm=0
@@ -115,7 +130,7 @@ command=(
 [ -z "$account" ] || command+=("--account=$account")
 command+=(${further[@]+"${further[@]}"} "$root/launch/slurm.sh" --in_job "$max_restarts" "$setup" "$python" "$@")
 if [ "$dry_run" = 1 ]; then
-  printf '%q ' "${command[@]}" && echo
+  show "${command[@]}"
   exit
 fi
 command -v sbatch >/dev/null || fail "sbatch is not on PATH: run this on a login node of a Slurm cluster"
