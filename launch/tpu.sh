@@ -195,8 +195,12 @@ run() {
     now=$(known_state)
     case $now in
       ACTIVE)
+        if [ "$requested" = 1 ] && [ "$was_active" = 0 ]; then
+          found=idle # nothing is there that could be asked
+        else
+          found=$(outcome) || found=silent
+        fi
         was_active=1
-        found=$(outcome) || found=silent
         ;;
       NONE) found=absent ;;
       FAILED | SUSPENDED) found=gone ;;

@@ -17,7 +17,7 @@ case $1 in
     flock --nonblock 9 || exit 0
     rm -f run.stop
     echo running >run.status
-    nohup setsid "${BASH_SOURCE[0]}" supervise "${@:2}" >>run.log 2>&1 </dev/null &
+    nohup setsid launch/tpu_worker.sh supervise "${@:2}" >>run.log 2>&1 </dev/null &
     ;;
   supervise) # the process that stays, with the lock that it was born with
     status=0
