@@ -23,11 +23,11 @@ kubectl must point at the cluster, which has node pools with the accelerators an
   --num_slices N           TPU slices (NUM_SLICES, 1)
   --nodes N                GPU nodes (NODES, 1)
   --chips_per_node N       TPU chips or GPUs of a node (CHIPS_PER_NODE, 4 and 8)
-  --claim NAME             a PersistentVolumeClaim that all pods can write at once (ReadWriteMany), for runs and data (CLAIM)
+  --claim NAME             a PersistentVolumeClaim for runs and data, which all pods can write: ReadWriteMany (CLAIM)
   --mount PATH             where the pods see it (MOUNT, /data)
   --spot                   on spot nodes
   --service_account NAME   of Kubernetes, for gs:// (SERVICE_ACCOUNT, default)
-  --user ID                that the pods run as, and own the claim; 0 if the accelerators' devices are root's (RUN_AS, 1000)
+  --user ID                that the pods run as; 0 where the accelerators' devices are root's alone (RUN_AS, 1000)
   --grace SECONDS          for saving, after the pods are told to leave (GRACE, 300)
   --wait SECONDS           for the pods to be there (WAIT, 1800)
   --max_restarts N         (MAX_RESTARTS, 100)

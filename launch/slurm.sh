@@ -7,7 +7,8 @@ usage() {
 usage: launch/slurm.sh [OPTION]... -- TRAIN_FLAG...
 
 Submits a job that runs `python -m latentjax.train TRAIN_FLAG...` on every node, as one run. Before its time limit, or
-when it is preempted, the run saves and the job is requeued; so it is when a node is lost. A mistake (status 1 or 2) ends it.
+when it is preempted, the run saves and the job is requeued; so it is when a node is lost. A mistake (status 1 or 2)
+ends it.
 From the root of a clone that all nodes see, as they must see the run's directory and the data.
 
   --nodes N               how many nodes (NODES, 1)
