@@ -85,7 +85,8 @@ hosts_of_slice() {
   for size in ${topology//x/ }; do
     chips=$((chips * size))
   done
-  [ $((chips % chips_per_node)) = 0 ] || fail "--topology $topology has $chips chips, no multiple of --chips_per_node $chips_per_node"
+  [ $((chips % chips_per_node)) = 0 ] ||
+    fail "--topology $topology has $chips chips, no multiple of --chips_per_node $chips_per_node"
   echo $((chips / chips_per_node))
 }
 
@@ -128,7 +129,8 @@ start() {
     show kubectl --namespace "$namespace" create --filename=- && manifest
     return
   fi
-  manifest | cluster create --filename=- || fail "the JobSet $name cannot be created; launch/gke.sh stop removes one of that name"
+  manifest | cluster create --filename=- ||
+    fail "the JobSet $name cannot be created; launch/gke.sh stop removes one of that name"
   while true; do
     there=$(cluster get pods "--selector=$selector" --field-selector=status.phase=Running --output=name | wc -l)
     ended=$(terminal_state) || ended=""
@@ -139,7 +141,7 @@ start() {
     esac
     if [ "$waited" -ge "$wait" ]; then
       cluster get pods "--selector=$selector" --output=wide >&2 || true
-      fail "$there of $wanted pods run after $wait s; the JobSet is kept and goes on waiting: launch/gke.sh status, stop"
+      fail "$there of $wanted pods run after $wait s; the JobSet is kept, and goes on waiting: launch/gke.sh stop"
     fi
     sleep "$poll"
     waited=$((waited + poll))
@@ -150,7 +152,8 @@ start() {
 logs() {
   local ended first="$selector,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
   while true; do
-    cluster logs "--selector=$first" --container=train --follow --tail=100 || say "no pod answers, or the connection dropped"
+    cluster logs "--selector=$first" --container=train --follow --tail=100 ||
+      say "no pod answers, or the connection dropped"
     if [ "$dry_run" = 1 ]; then
       return
     fi
@@ -179,8 +182,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     *) fail "flags for the trainer come behind --: launch/gke.sh start --name NAME ... -- --config RECIPE" ;;
   esac
   case $1 in
-    --name | --namespace | --image | --accelerator | --topology | --num_slices | --nodes | --chips_per_node | --claim | \
-      --mount | --service_account | --grace | --wait | --max_restarts | --poll) declare "${1#--}=$2" ;;
+    --name | --namespace | --image | --accelerator | --topology | --num_slices | --nodes | --chips_per_node | \
+      --claim | --mount | --service_account | --grace | --wait | --max_restarts | --poll) declare "${1#--}=$2" ;;
     --user) run_as=$2 ;;
     *) fail "unknown flag $1 (--help lists them)" ;;
   esac
@@ -208,10 +211,11 @@ if [ "$verb" = start ] || [ "$verb" = manifest ]; then
   for each in image accelerator claim namespace service_account; do
     [[ ${!each} =~ ^[-A-Za-z0-9_./:@]+$ ]] || fail "--$each is missing or no name: '${!each}'"
   done
-  [[ $topology =~ ^([1-9][0-9]*(x[1-9][0-9]*){1,2})?$ ]] || fail "--topology must be sizes, such as 4x4x4, not '$topology'"
+  [[ $topology =~ ^([1-9][0-9]*(x[1-9][0-9]*){1,2})?$ ]] ||
+    fail "--topology must be sizes, such as 4x4x4, not '$topology'"
   [ "$chips_per_node" != 0 ] || fail "--chips_per_node must not be 0"
   [[ $mount =~ ^/[-A-Za-z0-9_./]+$ ]] || fail "--mount must be a path such as /data, not '$mount'"
-  [ $# -gt 0 ] || fail "no flags for the trainer: launch/gke.sh $verb ... -- --config configs/pile_1b.py --workdir $mount/run"
+  [ $# -gt 0 ] || fail "no flags for the trainer: launch/gke.sh $verb ... -- --config RECIPE --workdir $mount/run"
   hosts=$nodes
   if [ "$kind" = tpu ]; then
     hosts=$(hosts_of_slice)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the nodes of a Slurm cluster, and goes on after a preemption, a time limit or a lost node. docs/launching.md.
+# Trains on nodes of a Slurm cluster, and goes on after a preemption, a time limit or a lost node. docs/launching.md.
 set -euo pipefail
 
 usage() {
@@ -53,7 +53,7 @@ show() {
 run_in_job() {
   local max_restarts=$1 setup=$2 python=$3 status=0 ended_by_slurm=0
   shift 3
-  # This shell gets SIGTERM when the job is cancelled or requeued by others, and then what follows is not for it to decide.
+  # This shell gets SIGTERM when others cancel or requeue the job, and then what follows is not for it to decide.
   trap 'ended_by_slurm=1' TERM
   set +u # what is sourced here may not be written for it
   eval "$setup"
@@ -122,7 +122,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 command=(
   sbatch "--job-name=$job_name" "--nodes=$nodes" "--ntasks-per-node=$processes_per_node"
-  "--time=$time" "--signal=USR1@$warning" # to the processes, not to the shell above them: a second signal would cut it short
+  # The warning goes to the processes and not to the shell above them (B:): a second signal would cut the first short.
+  "--time=$time" "--signal=USR1@$warning"
   --requeue "--output=$log" --open-mode=append "--chdir=$root"
 )
 # All processes of a node see all of its GPUs, which each other's traffic goes through; latentjax shares them out.

@@ -154,7 +154,9 @@ install() {
 }
 
 start() {
-  persistently "starting" on_workers all all "latentjax/launch/tpu_worker.sh start$(printf ' %q' "$setup" "${train_flags[@]}")" ||
+  local words
+  words=$(printf ' %q' "$setup" "${train_flags[@]}")
+  persistently "starting" on_workers all all "latentjax/launch/tpu_worker.sh start$words" ||
     fail "it cannot be started on every worker; $kept"
 }
 
@@ -179,7 +181,8 @@ outcome() {
 
 begin_anew() {
   restarts=$((restarts + 1))
-  [ "$restarts" -le "$max_restarts" ] || fail "$1, after $max_restarts restarts, which is all that --max_restarts allows"
+  [ "$restarts" -le "$max_restarts" ] ||
+    fail "$1, after $max_restarts restarts, which is all that --max_restarts allows"
   say "$1: restart $restarts"
 }
 
@@ -271,8 +274,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     *) fail "flags for the trainer come behind --: launch/tpu.sh run --name NAME ... -- --config RECIPE" ;;
   esac
   case $1 in
-    --name | --zone | --project | --accelerator_type | --num_slices | --runtime_version | --setup | --poll | --attempts | \
-      --max_restarts) declare "${1#--}=$2" ;;
+    --name | --zone | --project | --accelerator_type | --num_slices | --runtime_version | --setup | --poll | \
+      --attempts | --max_restarts) declare "${1#--}=$2" ;;
     --python) python_version=$2 ;;
     --create_flag) create_flags+=("$2") ;;
     --ssh_flag) ssh_flags+=("$2") ;;
@@ -307,7 +310,7 @@ if [ "$verb" = run ] || [ "$verb" = create ]; then
   fi
 fi
 if [ "$verb" = run ] || [ "$verb" = start ]; then
-  [ $# -gt 0 ] || fail "no flags for the trainer: launch/tpu.sh $verb ... -- --config configs/pile_1b.py --workdir DIRECTORY"
+  [ $# -gt 0 ] || fail "no flags for the trainer: launch/tpu.sh $verb ... -- --config RECIPE --workdir DIRECTORY"
 fi
 where=("--zone=$zone")
 [ -z "$project" ] || where+=("--project=$project")
@@ -321,7 +324,10 @@ case $verb in
     call state
     report
     ;;
-  logs) persistently "following the log" on_workers 0 0 'tail -n 100 -F latentjax/run.log' || fail "worker 0 does not answer" ;;
+  logs)
+    persistently "following the log" on_workers 0 0 'tail -n 100 -F latentjax/run.log' ||
+      fail "worker 0 does not answer"
+    ;;
   stop) on_workers all all latentjax/launch/tpu_worker.sh\ stop || fail "not every worker could be told" ;;
   delete) give_back || fail "$name cannot be deleted" ;;
   *) "$verb" ;;

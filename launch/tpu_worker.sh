@@ -2,10 +2,10 @@
 # What launch/tpu.sh has every TPU worker do, in the checkout that it has installed there.
 #
 #   tpu_worker.sh start SETUP TRAIN_FLAG...   starts the run and returns; a run at work is left alone
-#   tpu_worker.sh status                      prints "worker HOST WORD": running, idle, stopped, or the run's exit status
+#   tpu_worker.sh status                      prints "worker HOST WORD": running, idle, stopped, or the exit status
 #   tpu_worker.sh stop                        tells the run to save and leave
 #
-# run.log holds what the run prints, run.status the word. The run holds the lock on run.lock as long as one of its processes is there.
+# run.log holds what the run prints, run.status the word. As long as one of its processes is there, run.lock is locked.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

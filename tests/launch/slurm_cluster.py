@@ -1,4 +1,4 @@
-"""A Slurm cluster of one node in a directory: munged, slurmctld and slurmd as Debian's slurm-wlm and munge have them."""
+"""A Slurm cluster of one node in a directory: munged, slurmctld, slurmd, as Debian's slurm-wlm and munge have them."""
 
 import getpass
 import os
@@ -38,7 +38,8 @@ class Cluster:
             (directory / name).mkdir()
         config = directory / "slurm.conf"
         config.write_text(self._config())
-        self.environment = os.environ | {"SLURM_CONF": str(config), "PATH": _SEARCH}
+        self.settings = {"SLURM_CONF": str(config), "PATH": _SEARCH}  # what its commands find it by
+        self.environment = os.environ | self.settings
         munge = [f"--{name}={directory / f'munge.{name}'}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         self._daemons: list[subprocess.Popen] = []
         try:

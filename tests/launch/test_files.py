@@ -1,5 +1,6 @@
 """What is in launch/: scripts can be checked and asked for help, the image and the SkyPilot task are what they say."""
 
+import ast
 import os
 import re
 import shutil
@@ -41,6 +42,28 @@ def test_lines_are_short_enough_to_read():
     for path in [path for path in (ROOT / "launch").rglob("*") if path.is_file()]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 120, f"{path}:{number}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gcloud", "kubectl"])
+def test_the_stand_ins_take_what_the_real_ones_take(name: str):
+    """Each flag that a stand-in knows is in the reference that the real tool prints, which needs no account."""
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    source = (Path(__file__).parent / f"{name}_stand_in.py").read_text()
+    flags = ast.literal_eval(re.search(r"^    flags = (\{.*?^    \})", source, re.MULTILINE | re.DOTALL).group(1))
+    switches = re.search(r"^    switches = (\{.*\})", source, re.MULTILINE)
+    for verb, switch in (ast.literal_eval(switches.group(1)) if switches else {"logs": ["follow"]}).items():
+        flags[verb] = flags[verb] + switch
+    if name == "gcloud":
+        flags["delete"] = [*flags["delete"], "force"]
+    prefix = ["compute", "tpus", "queued-resources"] if name == "gcloud" else []
+    for verb, names in flags.items():
+        command = [name, *prefix, verb, "--help"]
+        reference = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        plain = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", reference)
+        for each in names:
+            assert re.search(rf"--{each}\b", plain), f"{name} {verb} --{each}"
 
 
 def test_nothing_holds_a_secret():

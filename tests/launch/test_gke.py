@@ -181,7 +181,7 @@ def test_a_pod_does_not_come_up(world: World):
     assert result.returncode == 2
     assert "pile-train-0-1-x Pending\n" in result.stderr
     assert result.stderr.endswith(
-        "error: 31 of 32 pods run after 0 s; the JobSet is kept and goes on waiting: launch/gke.sh status, stop\n"
+        "error: 31 of 32 pods run after 0 s; the JobSet is kept, and goes on waiting: launch/gke.sh stop\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""launch/slurm.sh on a real Slurm, where there is one: two processes train together, are stopped, requeued and resume."""
+"""launch/slurm.sh on a real Slurm, where there is one: two processes train together, are stopped, requeued, resume."""
 
 import contextlib
 import re
@@ -48,7 +48,7 @@ class Job:
         result = run_script(
             "slurm.sh", *OPTIONS, "--log", str(self.log), *options,
             "--", "--config", str(ROOT / "configs" / "quickstart.py"), "--workdir", str(workdir), *flags,
-            environment=recipes.environment(1) | cluster.environment | {"PYTHONPATH": str(ROOT)},
+            environment=recipes.environment(1) | cluster.settings,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         self.number = int(re.fullmatch(r"Submitted batch job (\d+)\n", result.stdout).group(1))
@@ -174,7 +174,7 @@ def test_dry_run_prints_the_very_command(tmp_path: Path):
     ],
 )
 def test_what_the_trainers_status_leads_to(tmp_path: Path, status: int, restarts: int, ends: int, requeued: bool):
-    """The part that runs in the job, with stand-ins for srun and scontrol; arguments come to the trainer as they are."""
+    """The part that runs in the job, with stand-ins for srun and scontrol; flags come to the trainer as they are."""
     executable(tmp_path / "srun", f"""printf '%s\\0' "$@" >{tmp_path}/srun.given; echo "$SET"; exit {status}""")
     executable(tmp_path / "scontrol", f"""echo "$@" >{tmp_path}/scontrol.given""")
     executable(tmp_path / "sleep", "")
