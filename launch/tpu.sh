@@ -189,7 +189,7 @@ begin_anew() {
 give_back() { resource delete "$name" --force --quiet; }
 
 run() {
-  local now found silent=0 requested=0 was_active=0 restarts=0
+  local now found silent=0 requested=0 was_active=0 restarts=0 looked=0
   if [ "$dry_run" = 1 ]; then
     create && install && start && report
     return
@@ -216,8 +216,11 @@ run() {
         return
         ;;
       stopped)
-        say "stopped; the same command goes on from there"
-        return
+        if [ "$looked" = 1 ]; then
+          say "stopped; the same command goes on from there"
+          return
+        fi
+        start
         ;;
       1 | 2)
         say "the run ended with status $found, and is not started again; its last lines:"
@@ -255,6 +258,7 @@ run() {
         start
         ;;
     esac
+    looked=1
     pause
   done
 }

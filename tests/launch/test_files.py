@@ -44,6 +44,21 @@ def test_lines_are_short_enough_to_read():
             assert len(line) <= 120, f"{path}:{number}"
 
 
+def test_the_commands_of_the_page_are_understood():
+    """Each call of a script in docs/launching.md, with --dry_run."""
+    page = (ROOT / "docs" / "launching.md").read_text()
+    blocks = re.sub(r"\\\n *", "", "\n".join(re.findall(r"^    (.*)$", page, re.MULTILINE)))
+    commands = re.findall(r"^launch/\w+\.sh .*$", blocks, re.MULTILINE)
+    assert len(commands) == 9
+    for command in commands:
+        before, separator, behind = command.partition(" -- ")
+        before = before.split("   #")[0]
+        line = f"{before} --dry_run{separator}{behind}"
+        result = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, ""), line
+        assert behind.split(" ")[0] in result.stdout
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["gcloud", "kubectl"])
 def test_the_stand_ins_take_what_the_real_ones_take(name: str):

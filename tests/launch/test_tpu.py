@@ -240,13 +240,21 @@ def test_a_start_that_is_repeated_leaves_those_at_work_alone(world: World):
     assert world.call("start").returncode == 0
     wait_until(lambda: len(world.starts(1)) == 2)
     assert len(world.starts(0)) == 1
-    # Told to stop, both end, and `run` takes that for what it is.
-    assert world.call("stop").returncode == 0
-    wait_until(lambda: world.call("status").stdout == "ACTIVE\nworker 0 stopped\nworker 1 stopped\n")
-    result = world.call("run")
-    assert (result.returncode, result.stderr) == (0, "tpu.sh: stopped; the same command goes on from there\n")
     assert world.call("delete").returncode == 0
     assert world.calls()[-1] == ["delete", "pile", "--force", "--quiet", "--zone=us-east5-a"]
+
+
+def test_stopped_by_hand(world: World):
+    """Both end, and `run` with them, whatever their status; called again it goes on."""
+    watched = world.watch()
+    wait_until(world.both_start, watched)
+    assert world.call("stop").returncode == 0
+    assert finished(watched) == (0, "tpu.sh: stopped; the same command goes on from there\n")
+    assert world.call("status").stdout == "ACTIVE\nworker 0 stopped\nworker 1 stopped\n"
+    watched = world.watch()
+    wait_until(lambda: world.both_start(2), watched)
+    world.end(0)
+    assert finished(watched) == (0, "tpu.sh: done; launch/tpu.sh delete gives the TPUs back\n")
 
 
 def test_preempted_in_mid_run(world: World):
