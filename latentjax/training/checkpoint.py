@@ -91,7 +91,13 @@ class Checkpoints:
         self._config, self._abstract = config, abstract_state
         self._steps = numbers_of_first(processes.on_first(lambda: files.open_directory(directory)) or ())
         self._checksums = StateChecksums(abstract_state)
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(STATE, RUN))
+        # Directories are made before `save` returns: made behind it, one that fails would let every thread that writes
+        # wait for five minutes, and so would the end of the process.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        handler = ocp.CompositeCheckpointHandler(
+            STATE, RUN, composite_options=ocp.CompositeOptions(async_options=options)
+        )
+        self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
         self._current: _Save | None = None
         self._reason = ""  # why the last save failed
         self._failures, self._retry_at = 0, 0.0

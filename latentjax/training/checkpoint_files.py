@@ -41,7 +41,7 @@ def open_directory(directory: epath.Path) -> list[int]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         drop_unfinished(directory)
-        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in _entries(directory) if path.name.isdigit())
     except ImportError as error:
         raise UserError(
             f"checkpoint.directory={directory} needs the package gcsfs: pip install gcsfs ({one_line(error)})"
@@ -55,9 +55,19 @@ def open_directory(directory: epath.Path) -> list[int]:
         ) from error
 
 
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    """What lies in the directory; behind a URL one that holds nothing is not there at all."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        if not is_remote(directory):
+            raise
+        return []
+
+
 def drop_unfinished(directory: epath.Path) -> None:
     """Deletes what saves that were killed or failed have left behind."""
-    for path in directory.iterdir():
+    for path in _entries(directory):
         incomplete = is_remote(directory) and path.name.isdigit() and not (path / _COMPLETE).exists()
         if _UNFINISHED in path.name or incomplete:
             path.rmtree()

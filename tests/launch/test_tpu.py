@@ -41,6 +41,7 @@ class World:
 
     def __init__(self, path: Path):
         self.path = path
+        self.watching: subprocess.Popen | None = None
         for name in ("bin", "worker_bin", "failures"):
             (path / name).mkdir()
         executable(path / "bin" / "gcloud", f'exec {sys.executable} -S -E {STAND_IN} "$@"')
@@ -79,13 +80,22 @@ class World:
 
     def watch(self, *further: str) -> subprocess.Popen:
         """Starts `run`, and leaves it running."""
-        return subprocess.Popen(
+        self.watching = subprocess.Popen(
             [script("tpu.sh"), *self.arguments("run", *further), "--", *FLAGS],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        return self.watching
+
+    def close(self) -> None:
+        """Ends what a test that failed has left running."""
+        if self.watching is not None and self.watching.poll() is None:
+            self.watching.kill()
+            self.watching.wait()
+        for pid in self.path.glob("workers/*/latentjax/run.pid"):
+            subprocess.run(["kill", pid.read_text().strip()], check=False, stderr=subprocess.DEVNULL)
 
     def calls(self) -> list[list[str]]:
         """Every command so far, without what all have in common."""
@@ -130,8 +140,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         PYTHON3.replace("echo", f'mkdir -p "$HOME/.local/bin"; cp {home / "uv"} "$HOME/.local/bin/uv"; echo'),
     )
     yield world
-    for pid in tmp_path.glob("workers/*/latentjax/run.pid"):
-        subprocess.run(["kill", pid.read_text().strip()], check=False, stderr=subprocess.DEVNULL)
+    world.close()
 
 
 def wait_until(condition: Callable[[], bool], watched: subprocess.Popen | None = None) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,28 @@ def test_the_last_save_is_tried_more_than_once(tmp_path: Path, full_disk: list[s
         checkpoints.save_last(state(4), 4, {"step": 4, "seed": 0.1})
     checkpoints.close()
     assert restored(opened(tmp_path)[0]) == 3
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody goes on waiting for it: such a thread would keep the process from ending for minutes."""
+    checkpoints, said = opened(tmp_path)
+    save(checkpoints, 1)
+    assert checkpoints.settle()
+    before, make = set(threading.enumerate()), os.mkdir
+
+    def mkdir(path: str, *arguments, **keywords) -> None:
+        if "5.orbax" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    save(checkpoints, 5)
+    assert not checkpoints.settle()
+    assert "saving step 5" in said[0] and "(no space left on device); the last checkpoint is that of step 1" in said[0]
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5.0)
+        assert not thread.is_alive(), thread
+    checkpoints.close()
 
 
 def test_the_last_good_one_is_kept_until_the_next_is_whole(tmp_path: Path, full_disk: list[str]):
@@ -185,13 +208,15 @@ def test_logs_on_a_full_disk(tmp_path: Path, name: str):
     log.close()
 
 
-def test_stores_behind_urls(tmp_path: Path):
+def test_stores_behind_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = default()
     set_key(config, "checkpoint.directory", "s4://bucket/run")
     with pytest.raises(UserError, match="checkpoint.directory='s4://bucket/run' must be a path, or a URL that begins"):
         validate(config)
-    if importlib.util.find_spec("gcsfs") or importlib.util.find_spec("tensorflow"):
+    if importlib.util.find_spec("tensorflow"):
         pytest.skip("what reaches gs:// is installed")
+    (tmp_path / "gcsfs.py").write_text("raise ImportError('not installed')\n")
+    monkeypatch.setattr(recipes, "ROOT", f"{tmp_path}{os.pathsep}{recipes.ROOT}")
     result = recipes.run(tmp_path / "run", "checkpoint.directory=gs://no-such-bucket/run")
     assert result.returncode == 2
     assert "checkpoint.directory=gs://no-such-bucket/run needs the package gcsfs" in result.stderr.splitlines()[-1]
