@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latentjax.errors import UserError, brief, report, shown
+from latentjax.errors import OthersMissing, UserError, brief, report, shown
 from latentjax.training.last_words import Witness
 from latentjax.training.watchdog import CoordinatorBoard, Watchdog
 
@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 # Number of processes of the step or job, as the launchers tell it. Slurm's is that of the step (`srun`): a script that
 # runs in an allocation without srun is one process.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
+_DEVICES = Path("/dev")
 _MESSAGE_BYTES = 4096
 _HEARTBEAT_SECONDS = 900  # `watchdog` is there first and names who is gone; jax ends all with a stack trace
 _PATIENCE_MS = 3_600_000  # one process may find in the cache what another compiles
@@ -39,7 +40,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
       num_processes, process_id: how many there are, and which this is; None where the coordinator is.
 
     Raises:
-      UserError: only some of the three are given, they make no sense, or the others cannot be reached.
+      UserError: only some of the three are given, they make no sense, or the GPUs of this node cannot be shared out.
+      OthersMissing: the others cannot be reached.
     """
     explicit = (coordinator, num_processes, process_id)
     if any(value is not None for value in explicit):
@@ -50,9 +52,15 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             raise UserError(f"--coordinator={shown(coordinator)} must be HOST:PORT of process 0, as node-1:1234")
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
-        _initialize(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+        # jax would look around for launchers all the same, to guess what was not given.
+        _initialize(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            cluster_detection_method="deactivate",
+        )
     elif launcher := next((name for key, name in _LAUNCHERS.items() if int(os.environ.get(key, 1)) > 1), None):
-        _initialize(launcher)
+        _initialize(launcher, **gpus_of_process())
     elif _is_on_tpu_pod():
         _initialize("the TPU pod")
 
@@ -64,29 +72,75 @@ def _initialize(launcher: str = "--coordinator", **arguments) -> None:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot connect with the other processes, started by {launcher}: {reason}") from error
+        raise OthersMissing(f"cannot connect with the other processes, started by {launcher}: {reason}") from error
+
+
+def gpus_of_process() -> dict[str, list[int]]:
+    """Which GPUs of its node are this process's, as an argument for jax; none where jax shall decide.
+
+    jax takes one GPU for each process that Slurm or Open MPI has started, and would leave the others of a node idle.
+    Here the processes of a node share what they see. One that its launcher has bound to its own GPUs sees no others.
+
+    Raises:
+      UserError: the GPUs of the node cannot be shared out evenly.
+    """
+    gpus, (index, num_processes) = _num_gpus(), _place_on_node()
+    if not gpus or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return {}
+    if "SLURM_GPUS_PER_TASK" in os.environ or gpus < num_processes:
+        index, num_processes = 0, 1
+    if gpus % num_processes:
+        raise UserError(
+            f"{num_processes} processes on this node cannot share its {gpus} GPUs evenly: start 1 process, or {gpus}"
+        )
+    share = gpus // num_processes
+    return {"local_device_ids": list(range(index * share, (index + 1) * share))}
+
+
+def _num_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([each for each in visible.split(",") if each.strip() not in ("", "-1", "NoDevFiles")])
+    return len([path for path in _DEVICES.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def _place_on_node() -> tuple[int, int]:
+    """Which of the processes on its node this is, from 0, and how many they are, as Slurm or Open MPI tells it."""
+    if counts := os.environ.get("SLURM_STEP_TASKS_PER_NODE"):  # 2(x3),1: of three nodes and a fourth one
+        per_node = [
+            int(tasks) for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(nodes or 1))
+        ]
+        return int(os.environ["SLURM_LOCALID"]), per_node[int(os.environ["SLURM_NODEID"])]
+    size = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
+    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)), size
 
 
 def _is_on_tpu_pod() -> bool:
     """Whether this machine is one of several TPU hosts; they are named in the environment or the machine's metadata."""
     if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
         return True
-    has_chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
-    return has_chips and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and _worker_endpoints_in_metadata() > 1
+    has_chips = (_DEVICES / "accel0").exists() or (_DEVICES / "vfio" / "0").exists()
+    if not has_chips or "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
+        return False
+    # Several slices may have one host each: then only the second says that there are others.
+    return "," in _metadata("worker-network-endpoints") or (
+        int((re.findall(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", _metadata("tpu-env")) or [1])[0]) > 1
+    )
 
 
-def _worker_endpoints_in_metadata() -> int:
+def _metadata(attribute: str) -> str:
+    """What Google Cloud tells this machine about itself; empty where it tells nothing."""
     import urllib.request
 
     request = urllib.request.Request(
-        "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{attribute}",
         headers={"Metadata-Flavor": "Google"},
     )
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:
-            return len(answer.read().decode().split(","))
+            return answer.read().decode()
     except OSError:
-        return 1
+        return ""
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 import recipes
 from together import losses, run_together, start_together, wait_for_step
 
-from latentjax.errors import UserError
+from latentjax.errors import OthersMissing, UserError, report
 from latentjax.training import processes
 from latentjax.training.mesh import make_mesh, put_batch, rows_of_process
 from latentjax.training.metrics import read_metrics
@@ -94,9 +94,12 @@ def test_flags_that_make_no_sense(arguments: tuple, message: str):
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )
-def test_the_launcher_is_told_by_its_environment(monkeypatch, environment: dict[str, str], launcher: str | None):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+def test_the_launcher_is_told_by_its_environment(
+    monkeypatch, tmp_path: Path, environment: dict[str, str], launcher: str | None
+):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes, "_DEVICES", tmp_path)  # of a machine with neither GPUs nor TPUs
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     called = []
@@ -110,7 +113,75 @@ def test_the_launcher_is_told_by_its_environment(monkeypatch, environment: dict[
         processes.start(None, None, None)
         assert not called
     else:
-        with pytest.raises(UserError, match=f"cannot connect with the other processes, started by {launcher}: nobody"):
+        message = f"cannot connect with the other processes, started by {launcher}: nobody"
+        with pytest.raises(OthersMissing, match=message) as caught:
             processes.start(None, None, None)
+        assert report("train", caught.value) == 75  # they may be there at the next start
         (arguments,) = called
         assert arguments.keys() == {"heartbeat_timeout_seconds"}  # the rest jax finds out
+
+
+SLURM_NODES = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),4,1"}  # four nodes
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "gpus"),
+    [
+        # One process on a node gets all of it, which jax alone would not give it.
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_NODEID": "3", "SLURM_LOCALID": "0"}, 8, range(8)),
+        (SLURM_NODES | {"SLURM_NODEID": "1", "SLURM_LOCALID": "1"}, 8, range(4, 8)),
+        (SLURM_NODES | {"SLURM_NODEID": "2", "SLURM_LOCALID": "3"}, 4, [3]),
+        (SLURM_NODES | {"SLURM_NODEID": "3", "SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "5,6"}, 8, [0, 1]),
+        # Bound by the launcher: what is seen is this process's own.
+        (SLURM_NODES | {"SLURM_NODEID": "2", "SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "GPU-1"}, 8, [0]),
+        (
+            SLURM_NODES
+            | {"SLURM_NODEID": "0", "SLURM_LOCALID": "1", "SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "4,5"},
+            8,
+            range(2),
+        ),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 4, [2, 3]),
+        # Nothing to share, or the user has shared it.
+        (SLURM_NODES | {"SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, 0, None),
+        (SLURM_NODES | {"SLURM_NODEID": "0", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": ""}, 8, None),
+        (SLURM_NODES | {"SLURM_NODEID": "0", "SLURM_LOCALID": "1", "JAX_LOCAL_DEVICE_IDS": "7"}, 8, None),
+    ],
+)
+def test_processes_of_a_node_share_its_gpus(monkeypatch, tmp_path: Path, environment: dict, devices: int, gpus):
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "SLURM_GPUS_PER_TASK", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("ctl", "-uvm", *range(devices)):
+        (tmp_path / f"nvidia{name}").touch()
+    monkeypatch.setattr(processes, "_DEVICES", tmp_path)
+    assert processes.gpus_of_process() == ({} if gpus is None else {"local_device_ids": list(gpus)})
+
+
+def test_gpus_that_cannot_be_shared_evenly(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes on this node cannot share its 4 GPUs evenly"):
+        processes.gpus_of_process()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "several"),
+    [
+        ({}, False),
+        ({"worker-network-endpoints": "unknown:unknown:10.0.0.2"}, False),
+        ({"worker-network-endpoints": "u:u:10.0.0.2,u:u:10.0.0.3"}, True),
+        # Several slices of one host each: the endpoints are those of the slice.
+        ({"worker-network-endpoints": "u:u:10.0.0.2", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n"}, True),
+        ({"worker-network-endpoints": "u:u:10.0.0.2", "tpu-env": "MEGASCALE_NUM_SLICES: '1'\n"}, False),
+    ],
+)
+def test_a_tpu_machine_learns_of_others_from_its_metadata(monkeypatch, tmp_path: Path, metadata: dict, several: bool):
+    (tmp_path / "accel0").touch()
+    monkeypatch.setattr(processes, "_DEVICES", tmp_path)
+    monkeypatch.setattr(processes, "_metadata", lambda attribute: metadata.get(attribute, ""))
+    for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert processes._is_on_tpu_pod() is several
