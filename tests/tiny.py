@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,8 @@ import numpy as np
 
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.choosing import Choice
+from latentjax.recurrence.decoding import continue_prompts, pad_prompts, row_key
 from latentjax.recurrence.language_model import LanguageModel
 
 _NEOX = ModelSpec(
@@ -86,6 +89,17 @@ def params_of(model: LanguageModel, seed: int = 0) -> Any:
 def tokens(batch_size: int, num_tokens: int, *, vocab_size: int = 29, seed: int = 0) -> np.ndarray:
     """Random token ids (B, T) int32."""
     return np.random.default_rng(seed).integers(0, vocab_size, (batch_size, num_tokens)).astype(np.int32)
+
+
+def greedy(model: LanguageModel, prompts: Sequence[Sequence[int]], num_tokens: int) -> np.ndarray:
+    """What follows prompts of any lengths by greedy decoding with `params_of(model)`, (B, num_tokens) int32."""
+    keys = [row_key(0, prompt, 0) for prompt in prompts]
+    batch = pad_prompts(prompts, keys, max(map(len, prompts)))
+    nothing_ends = np.array([-1], np.int32)
+    choice = Choice.of(0.0, model.spec.vocab_size)
+    found, count = continue_prompts(model, params_of(model), batch, choice, nothing_ends, num_tokens=num_tokens)
+    assert int(count) == num_tokens
+    return np.asarray(found)
 
 
 def cross_entropy(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
