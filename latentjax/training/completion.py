@@ -19,6 +19,7 @@ from latentjax.recurrence.base import rounding_tolerance
 from latentjax.recurrence.choosing import Choice
 from latentjax.recurrence.decoding import (
     DecodingState,
+    cache_room,
     decoding_model,
     extend,
     grow,
@@ -174,14 +175,14 @@ class Completer:
             return
         held = batch.tokens_BT.shape[1]
         most = held + num_tokens
-        capacity = min(room(held + min(num_tokens, _SMALLEST_GROWTH)), most)
+        capacity = min(cache_room(held + min(num_tokens, _SMALLEST_GROWTH)), most)
         state, _, _ = start(self._model, self._params, batch, choice, self._end_ids_E, tolerance, capacity)
         over = [False] * len(rows)
         state = self._tell(state, self._read(state.token_B)[:, None], rows, over, watch, continued)
         done = 1
         while done < num_tokens and not all(over):
             if held == capacity:
-                capacity = min(2 * capacity, most)
+                capacity = min(cache_room(capacity + 1), most)
                 state = grow(self._model, state, capacity)
             limit = min(tokens_at_once, num_tokens - done, capacity - held)
             state, tokens_Bn, count = extend(
