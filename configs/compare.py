@@ -1,9 +1,9 @@
 """The paper's comparison: one model, and eight things to do with it for every token.
 
-Paper: "Pretraining LLM with Latent Thoughts in Continuous Space", arXiv 2509.23184 (PonderLM-2), section 4: LLaMA-1.4B
-trained from scratch by each method on the same tokens of the Pile. The claim is about equal cost in decoding: `latent`
-ends lower than `vanilla_2x`, `loop`, `pause` and `ponder`, each of which takes a token through as many layers as it
-does; `latent2` and `latent3` end lower still.
+Paper: "Pretraining LLM with Latent Thoughts in Continuous Space", arXiv 2509.23184 (PonderLM-2): LLaMA-1.4B trained from
+scratch by each method on the same tokens of the Pile. Its claim is about equal cost in decoding: `latent` ends lower
+than `vanilla_2x`, and than the other methods that take a token through as many layers as it does; `latent2` and
+`latent3` end lower still.
 
     python -m latentjax.train --config configs/compare.py:latent
     python -m latentjax.report --cost configs/compare.py:{vanilla,vanilla_2x,latent,latent2,latent3,loop,pause,ponder}
@@ -27,13 +27,15 @@ The argument is a method, with a size before it where it is not the paper's 1.4B
 
 Alike for all methods of a size: initialisation (what is written to the residual stream starts smaller by sqrt(2 N), and
 so in `vanilla_2x`, whose N is twice as large), the order of the data, the optimizer, the decay of the learning rate and
-the tokens; R is drawn from {2, 3}, and is 3 in evaluation. What differs in training is the work: see the report.
+the tokens; R is drawn from {2, 3}, and is 3 in evaluation; weights decay by 0.1. What differs in training is the work:
+docs/methods.md has the tables.
 
 Data of the two large sizes: the Pile, tokenised once with GPT-NeoX's tokenizer (the command is in pile_1b.py). The
 pause is the last of 50,304 rows, which that tokenizer leaves free.
 
 The small size is for a table that two CPU cores can make: Python's own standard library, byte by byte, as in
-quickstart.py; 2 million tokens in 2,000 steps. Warm-up, peak and decay are the same for all.
+quickstart.py; 2 million tokens in 2,000 steps. Warm-up, peak and decay are the same for all; the peak is half of the
+quickstart's, which was chosen for its thought, and has not been tuned for any method.
 
 None of the large runs has been made with this code, so no loss is promised here.
 """
