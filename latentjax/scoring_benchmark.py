@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from latentjax.data.progress import Progress
 from latentjax.data.sample_text import PROSE, SOURCE
 from latentjax.errors import UserError
-from latentjax.interop import export, torch_peer
-from latentjax.interop.hf_config import config_from_specs, is_vanilla
+from latentjax.interop import torch_peer, writing
+from latentjax.interop.exported_config import config_from_specs, is_vanilla
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.peer_benchmark import single_device_mesh
 from latentjax.training.programs import make_model
@@ -188,10 +188,10 @@ def _write_folder(folder: Path, model: Any, params: Any) -> None:
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
 
-    export.write_weights(folder, params, model.spec, "float32", 10**10)
-    export.write_configs(folder, config_from_specs(model.spec, model.recurrence_spec, "float32", 0))
+    writing.write_weights(folder, params, model.spec, "float32", 10**10)
+    writing.write_configs(folder, config_from_specs(model.spec, model.recurrence_spec, "float32", 0))
     if not is_vanilla(model.recurrence_spec):
-        export.write_code(folder)
+        writing.write_code(folder)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)

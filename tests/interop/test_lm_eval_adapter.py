@@ -22,10 +22,10 @@ from harness_tasks import TASKS, VOCAB_SIZE, write_tasks, write_tokenizer
 from lm_eval.models.huggingface import HFLM
 from tiny import language_model, params_of
 
-from latentjax.interop import export
+from latentjax.interop import writing
+from latentjax.interop.exported_config import config_from_specs, is_vanilla
 from latentjax.interop.harness import Tasks
 from latentjax.interop.harness_text import TransformersText
-from latentjax.interop.hf_config import config_from_specs, is_vanilla
 from latentjax.interop.lm_eval_adapter import LatentjaxLM
 from latentjax.opening import open_model
 from latentjax.training.progress import counting
@@ -44,11 +44,11 @@ def write_folder(directory: Path, num_latent_thoughts: int, architecture: str, b
         max_position_embeddings=64,
     )
     write_tokenizer(directory, begins=begins)
-    export.write_weights(directory, params_of(model), model.spec, "float32", 10**9)
+    writing.write_weights(directory, params_of(model), model.spec, "float32", 10**9)
     config = config_from_specs(model.spec, model.recurrence_spec, "float32", 0)
-    export.write_configs(directory, config | ({"bos_token_id": 1} if begins else {}))
+    writing.write_configs(directory, config | ({"bos_token_id": 1} if begins else {}))
     if not is_vanilla(model.recurrence_spec):
-        export.write_code(directory)
+        writing.write_code(directory)
     return directory
 
 
