@@ -1,8 +1,8 @@
 """The paper's comparison: one model, and eight things to do with it for every token.
 
-Paper: "Pretraining LLM with Latent Thoughts in Continuous Space", arXiv 2509.23184 (PonderLM-2): LLaMA-1.4B trained from
-scratch by each method on the same tokens of the Pile. Its claim is about equal cost in decoding: `latent` ends lower
-than `vanilla_2x`, and than the other methods that take a token through as many layers as it does; `latent2` and
+Paper: "Pretraining LLM with Latent Thoughts in Continuous Space", arXiv 2509.23184 (PonderLM-2): LLaMA-1.4B trained
+from scratch by each method on the same tokens of the Pile. Its claim is about equal cost in decoding: `latent` ends
+lower than `vanilla_2x`, and than the other methods that take a token through as many layers as it does; `latent2` and
 `latent3` end lower still.
 
     python -m latentjax.train --config configs/compare.py:latent
