@@ -50,6 +50,20 @@ def test_another_model_is_refused(tmp_path: Path, key: str, value: float):
     assert (tmp_path / "config.json").read_text() == to_json(default())
 
 
+@pytest.mark.parametrize("method", ["pause", "loop"])
+def test_the_token_of_a_pause_is_part_of_the_model(tmp_path: Path, method: str):
+    """Of a model that pauses; for the others it is a knob like any other."""
+    config = default()
+    config.recurrence.method = method
+    claim(tmp_path, config)
+    config.recurrence.pause_token_id = 7
+    if method == "pause":
+        with pytest.raises(UserError, match=r"another model: recurrence\.pause_token_id was -1 there and is 7 now"):
+            claim(tmp_path, config)
+    else:
+        assert claim(tmp_path, config) == ["recurrence.pause_token_id: -1 before, 7 from here on"]
+
+
 def test_a_knob_that_the_run_began_without(tmp_path: Path):
     claim(tmp_path, default())
     stored = json.loads(to_json(default()))
