@@ -118,7 +118,15 @@ class Generator:
         self.max_length = self._completer.max_length
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt; an empty one begins a document, as training has it: behind the end of another."""
+        """Ids of a prompt; an empty one begins a document, as training has it: behind the end of another.
+
+        Raises:
+          UserError: the prompt is no text.
+        """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt {shown(prompt, 40)} is no UTF-8: write it so") from error
         ids = [*self._first_ids, *map(int, self.tokenizer.encode(prompt))]
         return ids or [self.tokenizer.eod_id]
 

@@ -62,9 +62,9 @@ def keep_top(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
     """
     kept_BV = logits_BV >= _least_kept(logits_BV, jnp.ones_like(logits_BV), top_k.astype(jnp.float32))[:, None]
     mass_BV = jax.nn.softmax(jnp.where(kept_BV, logits_BV, -jnp.inf), axis=-1)
-    # Of a mass that rounding keeps below 1 everything is wanted, and so is then the whole of it.
-    wanted_B = jnp.minimum(top_p, _sum(mass_BV))
-    kept_BV = kept_BV & (logits_BV >= _least_kept(logits_BV, mass_BV, wanted_B)[:, None])
+    # All of the mass is no threshold: the least likely are so small that sums do not notice them.
+    is_likely_BV = logits_BV >= _least_kept(logits_BV, mass_BV, jnp.minimum(top_p, _sum(mass_BV)))[:, None]
+    kept_BV = kept_BV & (is_likely_BV | (top_p >= 1))
     return jnp.where(kept_BV, logits_BV, -jnp.inf)
 
 

@@ -214,5 +214,7 @@ def continue_prompts(
     capacity = prompts.tokens_BT.shape[1] + num_tokens
     state, _, _ = _start(model, params, prompts, choice, end_ids_E, tolerance, capacity)
     first_B = state.token_B
+    if num_tokens == 1:
+        return first_B[:, None], jnp.ones((), jnp.int32)
     _, tokens_Bn, count = _extend(model, params, state, choice, end_ids_E, num_tokens - 1, num_tokens - 1)
     return jnp.concatenate([first_B[:, None], tokens_Bn], axis=1), count + 1

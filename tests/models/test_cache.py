@@ -44,8 +44,8 @@ def test_pieces_equal_the_whole(backbone, pieces):
         start += piece
         assert cache.length == start
     np.testing.assert_array_equal(cache.segment_ids_BL[:, :NUM_SLOTS], SEGMENT_IDS_BS)
-    assert np.all(np.asarray(cache.keys_NBLGK[:, :, NUM_SLOTS:]) == 0)
-    assert np.all(np.any(np.asarray(cache.values_NBLGK[:, :, :NUM_SLOTS]) != 0, axis=-1))
+    assert np.all(np.asarray(cache.keys_NBGLK[..., NUM_SLOTS:, :]) == 0)
+    assert np.all(np.any(np.asarray(cache.values_NBGLK[..., :NUM_SLOTS, :]) != 0, axis=-1))
 
 
 def test_without_segments_all_is_one(backbone):
@@ -59,26 +59,10 @@ def test_without_segments_all_is_one(backbone):
     np.testing.assert_allclose(h_BSD, expected[:, 5:], rtol=0, atol=1e-5)
 
 
-def test_passes_over_the_same_slots_have_layers_of_their_own(backbone):
-    """What the first pass makes of the slots before is nothing to the second; slots count after the last pass."""
-    apply, spec = backbone
-    first_BSD = embeddings(spec)
-    inputs = first_BSD, jnp.flip(first_BSD, axis=-1)
-    expected = [apply(x_BSD, POSITIONS_BS, SEGMENT_IDS_BS, None)[0] for x_BSD in inputs]
-    cache = KeyValueCache.empty(spec, 2, NUM_SLOTS, num_passes=2)
-    for slot in range(NUM_SLOTS):
-        part = slice(slot, slot + 1)
-        for x_BSD, expected_BSD in zip(inputs, expected, strict=True):
-            assert cache.length == slot
-            h_BSD, cache = apply(x_BSD[:, part], POSITIONS_BS[:, part], SEGMENT_IDS_BS[:, part], cache)
-            np.testing.assert_allclose(h_BSD, expected_BSD[:, part], rtol=0, atol=1e-5)
-    assert (cache.length, cache.first_layer, len(cache.keys_NBLGK)) == (NUM_SLOTS, 0, 2 * spec.num_layers)
-
-
 def test_empty_cache_has_the_models_shape_and_dtype():
     """One head of keys per group of queries, room for every thought."""
     model = language_model(2, "llama", dtype="bfloat16")
     cache = model.empty_cache(3, 5)
-    assert cache.keys_NBLGK.shape == cache.values_NBLGK.shape == (2, 3, 15, 2, 4)
-    assert cache.keys_NBLGK.dtype == jnp.bfloat16
+    assert cache.keys_NBGLK.shape == cache.values_NBGLK.shape == (2, 3, 2, 15, 4)
+    assert cache.keys_NBGLK.dtype == jnp.bfloat16
     assert cache.length == 0
