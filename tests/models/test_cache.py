@@ -59,6 +59,22 @@ def test_without_segments_all_is_one(backbone):
     np.testing.assert_allclose(h_BSD, expected[:, 5:], rtol=0, atol=1e-5)
 
 
+def test_passes_over_the_same_slots_have_layers_of_their_own(backbone):
+    """What the first pass makes of the slots before is nothing to the second; slots count after the last pass."""
+    apply, spec = backbone
+    first_BSD = embeddings(spec)
+    inputs = first_BSD, jnp.flip(first_BSD, axis=-1)
+    expected = [apply(x_BSD, POSITIONS_BS, SEGMENT_IDS_BS, None)[0] for x_BSD in inputs]
+    cache = KeyValueCache.empty(spec, 2, NUM_SLOTS, num_passes=2)
+    for slot in range(NUM_SLOTS):
+        part = slice(slot, slot + 1)
+        for x_BSD, expected_BSD in zip(inputs, expected, strict=True):
+            assert cache.length == slot
+            h_BSD, cache = apply(x_BSD[:, part], POSITIONS_BS[:, part], SEGMENT_IDS_BS[:, part], cache)
+            np.testing.assert_allclose(h_BSD, expected_BSD[:, part], rtol=0, atol=1e-5)
+    assert (cache.length, cache.first_layer, len(cache.keys_NBGLK)) == (NUM_SLOTS, 0, 2 * spec.num_layers)
+
+
 def test_empty_cache_has_the_models_shape_and_dtype():
     """One head of keys per group of queries, room for every thought."""
     model = language_model(2, "llama", dtype="bfloat16")
