@@ -5,6 +5,7 @@ python -m latentjax.bench step --config configs/pile_70m.py --thoughts 0 1 2
 python -m latentjax.bench peer --config configs/pile_70m.py
 python -m latentjax.bench checkpoint --config configs/pile_70m.py
 python -m latentjax.bench scoring --config configs/pile_70m.py --config.model.dtype=float32
+python -m latentjax.bench generate --config configs/pile_70m.py --config.model.dtype=float32
 """
 
 import argparse
@@ -69,12 +70,18 @@ def _parser() -> LineParser:
     scoring = parts.add_parser("scoring", help=text, description=text, **settings)
     scoring.add_argument("--questions", type=int, default=6, help="of each of the tasks that requests are shaped after")
     scoring.add_argument("--batch_tokens", type=int, default=4096, help="tokens of our batches")
-    for part in (step, peer, checkpoint, scoring):
+
+    text = "greedy generation, against generate of transformers on our export of the same weights"
+    generate = parts.add_parser("generate", help=text, description=text, **settings)
+    generate.add_argument("--batches", type=int, nargs="+", default=[1, 16], metavar="B", help="batch sizes")
+    for name, count in (("prompt_tokens", 16), ("new_tokens", 128)):
+        generate.add_argument(f"--{name}", type=int, default=count, help=f"default: {count}")
+    for part in (step, peer, checkpoint, scoring, generate):
         part.add_argument("--config", required=True, help="a recipe; its knobs are set with --config.GROUP.KEY=VALUE")
         part.add_argument("--rounds", type=int, default=5, help="turns that every program has")
     for part in (step, peer):
         part.add_argument("--steps", type=int, default=2, help="training steps of a turn")
-    for part in (data, step, peer, checkpoint, scoring):
+    for part in (data, step, peer, checkpoint, scoring, generate):
         part.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 
@@ -87,16 +94,17 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments, overrides = split_overrides(argv)
     flags = _parser().parse_args(arguments)
-    for name, value in vars(flags).items():
+    numbers = {**vars(flags), "batches": min(getattr(flags, "batches", [1]))}
+    for name, value in numbers.items():
         if type(value) is int and not 1 <= value <= _LARGEST_NUMBER:
             bound = "at least 1" if value < 1 else f"at most {_LARGEST_NUMBER}"
             raise UserError(f"--{name} must be {bound}, not {shown(value)}")
+    if flags.part == "data" and overrides:
+        raise UserError(f"--config.{brief(overrides[0])}: bench data reads no config; leave it out")
     if flags.part == "data":
-        if overrides:
-            raise UserError(f"--config.{brief(overrides[0])}: bench data reads no config; leave it out")
         return _bench_data(flags)
-    parts = {"step": _bench_step, "peer": _bench_peer, "checkpoint": _bench_checkpoint, "scoring": _bench_scoring}
-    return parts[flags.part](flags, overrides)
+    parts = {"step": _bench_step, "peer": _bench_peer, "checkpoint": _bench_checkpoint}
+    return parts.get(flags.part, _bench_use)(flags, overrides)
 
 
 def _bench_data(flags: argparse.Namespace) -> int:
@@ -235,18 +243,23 @@ def _bench_peer(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 1
 
 
-def _bench_scoring(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _bench_use(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Scoring or generation."""
     _treat_memory_as_the_trainer_does()
     config = _load(flags, overrides)
+    from latentjax.generation_benchmark import benchmark_generation
     from latentjax.scoring_benchmark import benchmark_scoring
     from latentjax.training.circumstances import circumstance_lines, circumstances
 
-    times = benchmark_scoring(config, flags.questions, flags.batch_tokens, flags.rounds)
-    if flags.json:
-        _print_json({**circumstances(config), **times.as_json()})
+    if flags.part == "scoring":
+        found = [benchmark_scoring(config, flags.questions, flags.batch_tokens, flags.rounds)]
     else:
-        print(*circumstance_lines(config), *times.lines(), sep="\n")
-    return 0 if times.holds else 1
+        found = benchmark_generation(config, flags.batches, flags.prompt_tokens, flags.new_tokens, flags.rounds)
+    if flags.json:
+        _print_json({**circumstances(config), "results": [times.as_json() for times in found]})
+    else:
+        print(*circumstance_lines(config), *(line for times in found for line in times.lines()), sep="\n")
+    return 0 if all(times.holds for times in found) else 1
 
 
 def _compare(config: "ConfigDict", flags: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from latentjax.data.sample_text import PROSE, SOURCE
 from latentjax.errors import UserError
 from latentjax.interop import torch_peer, writing
 from latentjax.interop.exported_config import config_from_specs, is_vanilla
+from latentjax.recurrence.language_model import LanguageModel
 from latentjax.training.optimizer import make_optimizer
 from latentjax.training.peer_benchmark import single_device_mesh
 from latentjax.training.programs import make_model
@@ -183,15 +184,20 @@ class _Peers:
         return self._model._loglikelihood_tokens(list(requests), disable_tqdm=True)
 
 
-def _write_folder(folder: Path, model: Any, params: Any) -> None:
-    """A Hugging Face folder with the weights, and a tokenizer, which is asked for but not used."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, trainers
-
+def write_model(folder: Path, model: LanguageModel, params: Any) -> None:
+    """Writes a Hugging Face folder with the weights in float32."""
     writing.write_weights(folder, params, model.spec, "float32", 10**10)
     writing.write_configs(folder, config_from_specs(model.spec, model.recurrence_spec, "float32", 0))
     if not is_vanilla(model.recurrence_spec):
         writing.write_code(folder)
+
+
+def _write_folder(folder: Path, model: LanguageModel, params: Any) -> None:
+    """The same with a tokenizer, which is asked for but not used."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    write_model(folder, model, params)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
