@@ -115,7 +115,8 @@ manifest() {
   text=${text//@USER@/"$run_as"}
   text=${text//@GRACE@/"$grace"}
   text=${text//@MAX_RESTARTS@/"$max_restarts"}
-  echo "${text/@ARGS@/"$arguments"}" # the last, for what the user wrote stays as it is
+  text=${text/@ARGS@/"$arguments"} # the last, for what the user wrote stays as it is
+  printf '%s\n' "$text"
 }
 
 terminal_state() { cluster get jobset "$name" '--output=jsonpath={.status.terminalState}'; }

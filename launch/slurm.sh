@@ -60,7 +60,8 @@ run_in_job() {
   set -u
   echo "slurm.sh: start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
   # Slurm ends no process for the end of another: they see to that themselves, after they have saved.
-  srun --kill-on-bad-exit=0 --wait=0 "$python" -m latentjax.train "$@" || status=$?
+  # Nor does it bind them: each would have one core to read data with.
+  srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none "$python" -m latentjax.train "$@" || status=$?
   case $status in
     0 | 1 | 2) exit "$status" ;;
   esac
@@ -127,7 +128,7 @@ command=(
   --requeue "--output=$log" --open-mode=append "--chdir=$root"
 )
 # All processes of a node see all of its GPUs, which each other's traffic goes through; latentjax shares them out.
-[ "$gpus_per_node" = 0 ] || command+=("--gpus-per-node=$gpus_per_node" --exclusive)
+[ "$gpus_per_node" = 0 ] || command+=("--gpus-per-node=$gpus_per_node" --exclusive --mem=0)
 [ -z "$partition" ] || command+=("--partition=$partition")
 [ -z "$account" ] || command+=("--account=$account")
 command+=(${further[@]+"${further[@]}"} "$root/launch/slurm.sh" --in_job "$max_restarts" "$setup" "$python" "$@")

@@ -113,7 +113,7 @@ request() {
   local nodes=("--node-id=$name")
   [ "$num_slices" = 1 ] || nodes=("--node-count=$num_slices" "--node-prefix=$name")
   resource create "$name" "${nodes[@]}" "--accelerator-type=$accelerator_type" "--runtime-version=$runtime_version" \
-    ${create_flags[@]+"${create_flags[@]}"} --quiet
+    ${create_flags[@]+"${create_flags[@]}"}
 }
 
 create() {
@@ -148,7 +148,10 @@ install() {
   steps+="; \"\$uv\" pip install --quiet --python .venv/bin/python -e '.[tpu]' gcsfs"
   archive=${TMPDIR:-/tmp}/latentjax-$name-$$.tar
   call git -C "$root" archive "--output=$archive" HEAD || fail "git cannot pack what is committed in $root"
-  persistently "copying the code" send "$archive" || fail "the code cannot be copied to every worker; $kept"
+  if ! persistently "copying the code" send "$archive"; then
+    rm -f "$archive"
+    fail "the code cannot be copied to every worker; $kept"
+  fi
   call rm -f "$archive"
   persistently "installing" on_workers all all "$steps" || fail "it cannot be installed on every worker; $kept"
 }
@@ -186,7 +189,7 @@ begin_anew() {
   say "$1: restart $restarts"
 }
 
-give_back() { resource delete "$name" --force --quiet; }
+give_back() { resource delete "$name" --force; }
 
 run() {
   local now found silent=0 requested=0 was_active=0 restarts=0 looked=0
@@ -316,7 +319,7 @@ fi
 if [ "$verb" = run ] || [ "$verb" = start ]; then
   [ $# -gt 0 ] || fail "no flags for the trainer: launch/tpu.sh $verb ... -- --config RECIPE --workdir DIRECTORY"
 fi
-where=("--zone=$zone")
+where=(--quiet "--zone=$zone") # without questions: nobody may be there to answer
 [ -z "$project" ] || where+=("--project=$project")
 [ "$dry_run" = 1 ] || command -v gcloud >/dev/null || fail "gcloud is not on PATH: install the Google Cloud CLI"
 

@@ -144,8 +144,8 @@ def test_a_mistake_is_not_started_again(cluster: Cluster, tmp_path: Path):
 def test_a_process_that_is_killed_and_the_time_limit_are_no_end(cluster: Cluster, tmp_path: Path):
     """Both processes end, the job is requeued; a minute or more before its time is up the run saves, and so again."""
     options = ("--time", "3", "--warning", "60", "--max_restarts", "2")
-    job = Job(cluster, tmp_path / "run", "train.num_steps=1000000", options=options)
-    job.wait_for_step(5)
+    job = Job(cluster, tmp_path / "run", "train.num_steps=1000000", "checkpoint.every_steps=4", options=options)
+    job.wait_for_step(8)  # so that there is a checkpoint
     pids = cluster.run("pgrep", "--full", f"latentjax.train .*--workdir {job.workdir} ").split()
     subprocess.run(["kill", "-KILL", pids[-1]], check=True)
     job.wait_until(lambda: "the job is requeued" in job.said())
@@ -154,8 +154,8 @@ def test_a_process_that_is_killed_and_the_time_limit_are_no_end(cluster: Cluster
     job.wait_until(lambda: "slurm.sh: status 138: the job is requeued" in job.said())
     assert "SIGUSR1: saving and leaving after this step" in job.said()
     job.wait_for_restart(2)
-    job.wait_until(lambda: job.said().count("resuming after step") == 2)
     job.wait_for_state("FAILED")
+    assert job.said().count("resuming after step") == 2
     assert "slurm.sh: status 138 after 2 restarts, which is all that --max_restarts allows" in job.said()
 
 
@@ -167,7 +167,7 @@ def test_dry_run_prints_the_very_command(tmp_path: Path):
     assert shlex.split(result.stdout) == [
         "sbatch", "--job-name=latentjax", "--nodes=4", "--ntasks-per-node=1", "--time=1-00:00:00", "--signal=USR1@300",
         "--requeue", "--output=latentjax-%j.log", "--open-mode=append", f"--chdir={ROOT}", "--gpus-per-node=8",
-        "--exclusive", "--account=us", "--qos=x y", f"{ROOT}/launch/slurm.sh",
+        "--exclusive", "--mem=0", "--account=us", "--qos=x y", f"{ROOT}/launch/slurm.sh",
         "--in_job", "100", "module load 'cuda 12'", "python", *flags,
     ]  # fmt: skip
 
@@ -200,7 +200,15 @@ def test_what_the_trainers_status_leads_to(tmp_path: Path, status: int, restarts
     assert result.returncode == ends
     assert result.stdout == f"slurm.sh: start {restarts} of job 17 on n[1-2]\n it's\n"
     given = (tmp_path / "srun.given").read_text().split("\0")[:-1]
-    assert given == ["--kill-on-bad-exit=0", "--wait=0", "/my python", "-m", "latentjax.train", *flags]
+    assert given == [
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+        "--cpu-bind=none",
+        "/my python",
+        "-m",
+        "latentjax.train",
+        *flags,
+    ]
     asked = tmp_path / "scontrol.given"
     assert asked.exists() == requeued
     assert not requeued or asked.read_text() == "requeue 17\n"

@@ -352,7 +352,7 @@ def test_dry_run_prints_the_very_commands(world: World):
     made = world.calls()
     for command in commands:
         if command[:5] == ["gcloud", "compute", "tpus", "queued-resources", "scp"]:
-            assert command[6:] == ["pile:latentjax.tar", "--node=all", "--worker=all", "--zone=us-east5-a"]
+            assert command[6:] == ["pile:latentjax.tar", "--node=all", "--worker=all", "--quiet", "--zone=us-east5-a"]
         elif command[0] == "gcloud":
             assert command[4:] in made
 
