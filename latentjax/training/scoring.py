@@ -162,9 +162,9 @@ class Scorer:
         completer = Completer(
             self._decoder, self.params, self.mesh, num_ids=self._decoder.spec.vocab_size, end_ids=[end_id]
         )
-        completer.complete(
-            prompts, num_tokens, Sampling(**sampling), watch=watch, batch_tokens=self._batch_tokens, done=advance
-        )
+        # Who asks for the likeliest tokens only, and for no temperature, asks for draws among them.
+        choice = Sampling(**{"temperature": 1.0} | sampling) if sampling else Sampling()
+        completer.complete(prompts, num_tokens, choice, watch=watch, batch_tokens=self._batch_tokens, done=advance)
         return ids_of
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], list[int]]:

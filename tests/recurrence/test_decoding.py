@@ -66,8 +66,10 @@ def written(model: LanguageModel, cache, length: int, num_tokens: int) -> list[n
     return [np.asarray(leaf)[..., first:slots, :] for leaf in jax.tree.leaves((cache.keys_NBGLK, cache.values_NBGLK))]
 
 
-@each_method
-@pytest.mark.parametrize("separates", [False, True])
+@pytest.mark.parametrize(
+    ("method", "num_thoughts", "architecture", "separates"),
+    [(*each, True) for each in METHODS] + [("latent", 1, "gpt_neox", False), ("loop", 2, "gpt_neox", False)],
+)
 def test_a_prompt_at_once_equals_token_by_token(method, num_thoughts, architecture, separates):
     """Logits, keys and values, of prompts of different lengths; slots that padding takes aside."""
     model, params = forms(language_model(num_thoughts, architecture, method=method))[separates]
@@ -104,13 +106,13 @@ def continued(model, params, prompts, *, choice=GREEDY, end_ids=NO_END, num_toke
 
 @each_method
 def test_prompts_of_different_lengths_equal_each_alone(method, num_thoughts, architecture):
-    """Token for token, and logits; with more padding too."""
+    """Token for token, and logits."""
     model, params = forms(language_model(num_thoughts, architecture, method=method))[True]
     logits_BV, _ = prefill(model, params, prompts_of(LENGTHS, 8), 0.0)
     together, _ = continued(model, params, prompts_of(LENGTHS, 8))
     for row, length in enumerate(LENGTHS):
         ids = tokens(len(LENGTHS), max(LENGTHS))[row, :length].tolist()
-        alone = decoding.pad_prompts([ids], [decoding.row_key(0, ids, 0)], length if row else 12)
+        alone = decoding.pad_prompts([ids], [decoding.row_key(0, ids, 0)], 8)
         np.testing.assert_allclose(prefill(model, params, alone, 0.0)[0][0], logits_BV[row], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(continued(model, params, alone)[0][0], together[row])
 
