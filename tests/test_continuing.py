@@ -79,7 +79,7 @@ def test_tokens_enter_a_latent_model_as_they_entered_the_vanilla_one(tmp_path, s
     """The table is divided by what multiplies it, or neither is; all other weights are the folder's."""
     model, params = read(config_from(VANILLA, scale_embeddings=scale_embeddings), tmp_path)
     vanilla, expected = load_pretrained(VANILLA)
-    embed = lambda module, ids: module.embedding(ids)  # noqa: E731
+    embed = lambda module, ids: module.vocabulary().embed(ids)  # noqa: E731
     ids = tokens(2, 7)
     entering = model.apply({"params": params}, ids, method=embed)
     np.testing.assert_allclose(entering, vanilla.apply({"params": expected}, ids, method=embed), rtol=1e-6)
@@ -90,7 +90,7 @@ def test_tokens_enter_a_latent_model_as_they_entered_the_vanilla_one(tmp_path, s
     assert_same(params["backbone"], expected["backbone"])
     # What the first slot of a token gives is what the vanilla model predicted from.
     first = lambda module, ids: module.logits(  # noqa: E731
-        module.backbone(module.embedding(ids), np.arange(ids.shape[1])[None])[0]
+        module.backbone(module.vocabulary().embed(ids), np.arange(ids.shape[1])[None])[0]
     )
     found = logits(model, params, ids, method=first)
     np.testing.assert_allclose(found, logits(vanilla, expected, ids), atol=1e-4)

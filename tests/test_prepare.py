@@ -133,8 +133,8 @@ def test_mistakes_are_told(corpus, tmp_path, change, message):
 
 
 def test_a_url_without_its_package(tmp_path):
-    with pytest.raises(UserError, match="needs the package gcsfs: pip install gcsfs"):
-        main(flags("gs://bucket/pile", tmp_path / "store", "--tokenizer", "bytes"))
+    with pytest.raises(UserError, match="needs the package s3fs: pip install s3fs"):
+        main(flags("s3://bucket/pile", tmp_path / "store", "--tokenizer", "bytes"))
 
 
 def run(*arguments):

@@ -73,5 +73,5 @@ def test_an_interrupted_copy_goes_on_and_a_damaged_shard_is_refused(tmp_path, da
 def test_nothing_behind_a_url(data, memory):
     with pytest.raises(UserError, match="memory://bucket/absent"):
         resolve_store("memory://bucket/absent", data, progress=False)
-    with pytest.raises(UserError, match="gcsfs"):
-        resolve_store("gs://bucket/absent", data, progress=False)
+    with pytest.raises(UserError, match="s3fs"):
+        resolve_store("s3://bucket/absent", data, progress=False)

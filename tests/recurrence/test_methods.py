@@ -124,9 +124,9 @@ def test_cached_decoding_is_the_uncached_forward(method, architecture):
         np.testing.assert_allclose(logits_BV, logits_BTV[:, position], rtol=0, atol=2e-5)
     slots = TOKENS_BT.shape[1] * (3 if method == "pause" else 1)
     assert (cache.length, cache.first_layer) == (slots, 0)
-    assert cache.keys_NBLGK.shape[0] == 2 * {"ponder": 3, "loop": 4, "pause": 1}[method]
-    assert np.all(np.any(cache.keys_NBLGK[:, :, :slots] != 0, axis=-1))
-    assert np.all(cache.keys_NBLGK[:, :, slots:] == 0)
+    assert cache.keys_NBGLK.shape[0] == 2 * {"ponder": 3, "loop": 4, "pause": 1}[method]
+    assert np.all(np.any(cache.keys_NBGLK[..., :slots, :] != 0, axis=-1))
+    assert np.all(cache.keys_NBGLK[..., slots:, :] == 0)
 
 
 @every_method

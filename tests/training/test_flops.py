@@ -79,7 +79,7 @@ def test_decoding_flops_are_those_of_the_program(method: str, architecture: str)
     hidden = forwards * spec.num_layers * causal_attention_flops(spec.num_heads * slots * length, spec.head_dim)
     counted = decode_flops_per_token(spec, recurrence, length) + hidden
     assert 2 * counted == matmul_flops(traced.jaxpr)
-    size = cache.keys_NBLGK.nbytes + cache.values_NBLGK.nbytes
+    size = cache.keys_NBGLK.nbytes + cache.values_NBGLK.nbytes
     assert size == 2 * length * cache_bytes_per_token(spec, recurrence)
 
 
