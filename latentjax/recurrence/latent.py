@@ -8,6 +8,8 @@ more exact, and all of them about threefold closer.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -128,6 +130,40 @@ class Latent(Recurrence):
         hidden_BTD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start)
         return hidden_BTD, residual_B, num_passes
 
+    def forward_each(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        read: Callable[[jax.Array], Any],
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """One scan of R + 1 passes, of which every slot is kept.
+
+        A refinement pass is the final pass too, for the thoughts that enter it: its prediction slots are what R would
+        have been enough for, had it been the last.
+        """
+        num_thoughts = self.num_latent_thoughts
+        z_BQD = self._grow(backbone, x_BTD, positions_BT, segment_ids_BT)
+
+        def refine(backbone: nn.Module, z_BQD: jax.Array, _: None) -> tuple[jax.Array, tuple]:
+            h_BSD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
+            *thoughts, hidden_BTD = split(h_BSD, num_thoughts + 1)
+            new_BQD = interleave(thoughts)
+            return new_BQD, (read(hidden_BTD), *_row_squares(new_BQD, z_BQD, None))
+
+        scanned = nn.scan(
+            refine,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=num_jacobi_iterations + 1,
+        )
+        _, (readings, change_RB, size_RB) = scanned(backbone, z_BQD, None)
+        return readings, change_RB[:-1], size_RB[:-1]  # the last pass's new thoughts have not been read with
+
     def decode(
         self,
         backbone: nn.Module,
@@ -177,6 +213,15 @@ class Latent(Recurrence):
         h_BTD, cache = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start, cache=cache)
         return Prefilled(h_BTD[:, -1], cache.replace(is_prefill=False), residual_B, num_passes)
 
+    def _grow(
+        self, backbone: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> jax.Array:
+        """Growing passes: the thoughts before any refinement, (B, C T, D)."""
+        z_BQD = None
+        for _ in range(self.num_latent_thoughts):
+            z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
+        return z_BQD
+
     def _settle(
         self,
         backbone: nn.Module,
@@ -193,9 +238,7 @@ class Latent(Recurrence):
         """
         num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
         ids = positions_BT, segment_ids_BT
-        z_BQD = None
-        for _ in range(num_thoughts):
-            z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids)
+        z_BQD = self._grow(backbone, x_BTD, *ids)
         counted_BQ1 = None if counted_BT is None else repeat_ids(counted_BT, num_thoughts)[..., None]
 
         def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
@@ -244,7 +287,13 @@ def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
 
 def _row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> jax.Array:
     """As `thought_residual`, for each row, over the slots that count: float32 (B,)."""
+    change_B, size_B = _row_squares(new_BQD, old_BQD, counted_BQ1)
+    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
+
+
+def _row_squares(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Each row's sums of squares of the change and of the new thoughts, over the slots that count: float32 (B,)."""
     weight = 1.0 if counted_BQ1 is None else counted_BQ1.astype(jnp.float32)
     new_BQD, old_BQD = (z.astype(jnp.float32) for z in (new_BQD, old_BQD))
     change_B, size_B = (jnp.sum(jnp.square(z) * weight, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
-    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
+    return change_B, size_B

@@ -139,10 +139,21 @@ def lower_eval_step(
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         tolerance=tolerance,
     )
+    return lower_on_held_out(evaluate, config, mesh, params)
+
+
+def lower_on_held_out(
+    program: Callable[[Any, dict[str, jax.Array]], Metrics], config: ConfigDict, mesh: Mesh, params: Any
+) -> jax.stages.Lowered:
+    """Traces a program of parameters and a batch of held-out text, whose results are wanted on every device.
+
+    Args:
+      params: abstract or not, with shardings.
+    """
     batch = abstract_batch(config, mesh)
     batch["target_bytes"] = jax.ShapeDtypeStruct(batch["loss_weights"].shape, jnp.int32, sharding=batch_sharding(mesh))
     with sharded_tracing(mesh):
-        return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(params, batch)
+        return jax.jit(program, out_shardings=replicated(mesh)).lower(params, batch)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:

@@ -95,7 +95,7 @@ def make_eval_step(
             segment_ids_BT=batch.get("segment_ids"),
             method="hidden_until",
         )
-        total = _loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens)
+        total = loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens)
         return _sums(total, batch) | {"thought_residual": jnp.max(residual_B), "passes": passes}
 
     def evaluate(params: Any, batch: Batch) -> Metrics:
@@ -128,13 +128,13 @@ def summed_loss(
         segment_ids_BT=batch.get("segment_ids"),
         method="hidden",
     )
-    return _loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens), residual_R
+    return loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens), residual_R
 
 
-def _loss_of_hidden(
+def loss_of_hidden(
     model: LanguageModel, params: Any, hidden_BTD: jax.Array, batch: Batch, loss_chunk_tokens: int
 ) -> jax.Array:
-    """The weighted sum of cross-entropy of the batch's targets, where the head reads hidden_BTD."""
+    """The weighted sum of cross-entropy of the batch's targets, float32 nats, where the head reads hidden_BTD."""
     return next_token_loss(
         lambda hidden: model.apply({"params": params}, hidden, method="logits"),
         hidden_BTD,
