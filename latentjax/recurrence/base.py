@@ -26,6 +26,9 @@ class RecurrenceSpec:
     scale_embeddings: bool
     pause_token_id: int
     ponder_chunk_tokens: int
+    train_schedule: tuple[tuple[float, int, tuple[int, ...]], ...]
+    handover_ratio: float
+    train_tolerance: float
 
 
 def rounding_tolerance(dtype: str) -> float:
@@ -94,6 +97,11 @@ class Recurrence(abc.ABC):
         """Products with a (D, V) matrix per token of a forward or in decoding, besides the one that makes logits."""
         return 0
 
+    def with_thoughts(self, num_latent_thoughts: int) -> "Recurrence":
+        """The same with so many thoughts per token, for a part of training; here itself: only `latent` has stages."""
+        del num_latent_thoughts
+        return self
+
     def token_forwards(self, num_jacobi_iterations: int) -> int:
         """Slots through the backbone per token in one training forward: the method's cost next to vanilla's 1."""
         return sum(self.passes(num_jacobi_iterations))
@@ -125,6 +133,33 @@ class Recurrence(abc.ABC):
           What the head reads, (B, T, D), and the thought residual of each refinement pass, float32 (R,): the relative
           RMS change of the thoughts in that pass; None where the method has no refinement passes.
         """
+
+    def forward_settled(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        tolerance: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `forward`, with as many refinement passes as the thoughts need, but R at most; to be differentiated.
+
+        Args:
+          vocabulary: as for `forward`.
+          num_jacobi_iterations: R, static.
+          tolerance: passes go on until the thoughts' relative change (RMS, over all of them) is no more than this.
+
+        Returns:
+          What the head reads, (B, T, D), and the number of refinement passes, int32.
+
+        Raises:
+          ValueError: the method has no refinement passes.
+        """
+        del backbone, x_BTD, positions_BT, segment_ids_BT, vocabulary, num_jacobi_iterations, tolerance
+        raise ValueError(f"{type(self).__name__} has no refinement passes")
 
     def forward_until(
         self,
