@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=5, help="of a turn")
     parser.add_argument("--topology", help="compile for it, and measure nothing")
-    flags = parser.parse_args()
+    flags = parser.parse_intermixed_args()
     if host_memory.computes_on_cpu():
         host_memory.keep_freed_memory()
     config = load(flags.config, flags.overrides)
