@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import recipes
 from fake_gcs import Bucket, served
-from small_checkpoints import faults, flipped, opened, restored, save
+from small_checkpoints import faults, flipped, opened, restored, save, state
 
 from latentjax.errors import UserError
+from latentjax.training import checkpoint
 from latentjax.training import checkpoint_files as files
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("gcsfs"), reason="gcsfs is not installed")
@@ -44,7 +45,7 @@ def saved(shared_bucket: tuple[Bucket, Objects]) -> Bucket:
     """A bucket with checkpoints 3 and 7."""
     bucket, objects = shared_bucket
     bucket.objects = dict(objects)
-    bucket.changes_left, bucket.hidden = None, ""
+    bucket.changes_left, bucket.room, bucket.hidden = None, None, ""
     return bucket
 
 
@@ -112,7 +113,7 @@ def test_flipped_bits_that_nobody_notices_are_where_nobody_reads(saved: Bucket):
 def cut_off_setting_aside(bucket: Bucket, cuts: Iterable[int]) -> None:
     """Refuses all changes behind the first so many, and then starts again: nothing is lost, and the rest is done."""
     whole, directory = dict(bucket.objects), files.directory_of(RUN, None)
-    checkpoint = contents(bucket, "run/7/")
+    damaged = contents(bucket, "run/7/")
     for cut in cuts:
         bucket.objects, bucket.changes_left = dict(whole), cut
         with pytest.raises(UserError, match="the damaged checkpoint 7 in gs://bucket/run cannot be moved to damaged/"):
@@ -120,13 +121,13 @@ def cut_off_setting_aside(bucket: Bucket, cuts: Iterable[int]) -> None:
         bucket.changes_left = None
         if 7 in files.open_directory(directory):
             files.set_aside(directory, 7)
-        assert contents(bucket, "run/damaged/7/") == checkpoint, cut
+        assert contents(bucket, "run/damaged/7/") == damaged, cut
         # Cut off just behind the copy, it was found once more.
-        assert contents(bucket, "run/damaged/7-2/").items() <= checkpoint.items(), cut
+        assert contents(bucket, "run/damaged/7-2/").items() <= damaged.items(), cut
         assert checkpoint_steps(bucket) == {"3", "damaged"} and files.open_directory(directory) == [3], cut
     bucket.objects = dict(whole)
     assert str(files.set_aside(directory, 7)) == f"{RUN}/damaged/7"
-    assert contents(bucket, "run/damaged/7/") == checkpoint and contents(bucket, "run/7/") == {}
+    assert contents(bucket, "run/damaged/7/") == damaged and contents(bucket, "run/7/") == {}
 
 
 def test_setting_aside_that_is_cut_off(saved: Bucket):
@@ -165,6 +166,16 @@ def test_a_save_that_is_cut_off(saved: Bucket):
     assert contents(saved, "run/9/") and files.complete_steps(files.directory_of(RUN, None)) == [3, 7]
     assert opened(RUN)[0].steps == [3, 7]
     assert checkpoint_steps(saved) == {"3", "7"}
+
+
+def test_a_bucket_that_takes_no_more(saved: Bucket, monkeypatch: pytest.MonkeyPatch):
+    """What is there stays."""
+    monkeypatch.setattr(checkpoint, "_LAST_WAITS", (0.0, 0.0))
+    checkpoints, said = opened(RUN)
+    saved.room = 0
+    with pytest.raises(UserError, match=f"step 9 cannot be saved to {RUN} .*is that of step 7$"):
+        checkpoints.save_last(state(9), 9, {"step": 9, "seed": 0.1})
+    assert len(said) == 3 and checkpoint_steps(saved) == {"3", "7"}
 
 
 def test_deleting_that_is_cut_off(saved: Bucket):
@@ -218,7 +229,8 @@ def test_a_run_that_keeps_its_checkpoints_there(whole_run: Path, tmp_path: Path,
         assert checkpoint_steps(bucket) == {"10", "12"}
 
 
-def test_a_bucket_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.long
+def test_a_bucket_that_takes_no_more_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One line, and what is there stays."""
     with served() as (bucket, environment):
         for name, value in environment.items():
