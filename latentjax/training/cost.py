@@ -7,11 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.base import Recurrence, RecurrenceSpec
+from latentjax.recurrence.draw import draw_jacobi_iterations
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, train_flops_per_token
@@ -53,12 +55,9 @@ def cost_of(config: ConfigDict) -> Cost:
     Args:
       config: validated.
     """
-    # Which attention and which loops it will be says nothing about what has to be computed.
-    spec = dataclasses.replace(ModelSpec(**config.model), attention="xla", loops="rolled", remat="none")
-    recurrence_spec, length = RecurrenceSpec(**config.recurrence), config.data.sequence_length
-    recurrence = make_recurrence(recurrence_spec)
+    spec, recurrence_spec, recurrence, drawn = _described(config)
+    length = config.data.sequence_length
     layers, tables = _count_parameters(LanguageModel(spec, recurrence_spec))
-    drawn = recurrence_spec.train_jacobi_iterations if recurrence.uses_jacobi_iterations else (0,)
     train_flops = sum(train_flops_per_token(spec, recurrence, length, each) for each in drawn) / len(drawn)
     return Cost(
         layer_parameters=layers,
@@ -70,6 +69,39 @@ def cost_of(config: ConfigDict) -> Cost:
         cache_bytes=cache_bytes_per_token(spec, recurrence),
         total_train_flops=train_flops * config.train.num_steps * config.data.batch_size * length,
     )
+
+
+def iterations_of_steps(config: ConfigDict, num_steps: int) -> np.ndarray:
+    """R of each of the first `num_steps` training steps, int64 (num_steps,); 0 for methods that do not iterate."""
+    _, _, _, drawn = _described(config)
+    if len(set(drawn)) == 1:
+        return np.full(num_steps, drawn[0], np.int64)
+    seed = config.train.seed
+    return np.array([draw_jacobi_iterations(drawn, seed, step) for step in range(num_steps)], np.int64)
+
+
+def flops_of_steps(config: ConfigDict, iterations_n: np.ndarray) -> np.ndarray:
+    """Model FLOPs of training steps, forward and backward, each with its own R, float64 (n,).
+
+    Args:
+      config: validated.
+      iterations_n: R of each, as `iterations_of_steps` gives it.
+    """
+    spec, _, recurrence, _ = _described(config)
+    length = config.data.sequence_length
+    values_m, inverse_n = np.unique(iterations_n, return_inverse=True)
+    per_token_m = [train_flops_per_token(spec, recurrence, length, int(each)) for each in values_m]
+    return np.asarray(per_token_m, np.float64)[inverse_n] * config.data.batch_size * length
+
+
+def _described(config: ConfigDict) -> tuple[ModelSpec, RecurrenceSpec, Recurrence, tuple[int, ...]]:
+    """The model, the method, and the values that training draws R from."""
+    # Which attention and which loops it will be says nothing about what has to be computed.
+    spec = dataclasses.replace(ModelSpec(**config.model), attention="xla", loops="rolled", remat="none")
+    recurrence_spec = RecurrenceSpec(**config.recurrence)
+    recurrence = make_recurrence(recurrence_spec)
+    drawn = recurrence_spec.train_jacobi_iterations if recurrence.uses_jacobi_iterations else (0,)
+    return spec, recurrence_spec, recurrence, tuple(drawn)
 
 
 def _count_parameters(model: LanguageModel) -> tuple[int, int]:
