@@ -79,28 +79,31 @@ class View:
 
     Attributes:
       key: a field of `Curve`.
-      title: of the figure; unit: of the axis; divisor: of the values, for that unit.
+      title: of the figure; words: the same in a sentence.
+      unit: of the axis; divisor: of the values, for that unit.
     """
 
     key: str
     title: str
+    words: str
     unit: str
     divisor: float
 
 
 def views(settings: Sequence[Setting]) -> list[View]:
     """The four, with units that fit the runs."""
-    found = [View("steps", "Steps", "steps", 1.0)]
-    for key, title, unit in (("tokens", "Tokens", "tokens"), ("flops", "Training FLOPs", "FLOPs")):
+    found = [View("steps", "Steps", "steps", "steps", 1.0)]
+    for key, title, axis in (("tokens", "Tokens", "tokens"), ("flops", "Training FLOPs", "training FLOPs")):
         power, prefix = prefix_of(_largest(settings, key))
-        words = {"k": "thousand ", "M": "million ", "G": "billion ", "T": "trillion "}
-        found.append(View(key, title, f"{words.get(prefix, prefix) if key == 'tokens' else prefix}{unit}", power))
+        names = {"k": "thousand ", "M": "million ", "G": "billion ", "T": "trillion "}
+        unit = f"{prefix}FLOPs" if key == "flops" else f"{names.get(prefix, prefix)}tokens"
+        found.append(View(key, title, axis, unit, power))
     longest = _largest(settings, "seconds")
     divisor, unit = next(
         (pair for pair in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")) if longest >= 2 * pair[0]),
         (1.0, "seconds"),
     )
-    return [*found, View("seconds", "Time in training steps", unit, divisor)]
+    return [*found, View("seconds", "Time in training steps", "time in training steps", unit, divisor)]
 
 
 def loss_figure(settings: Sequence[Setting], view: View, *, held_out: bool) -> Figure:
@@ -127,8 +130,8 @@ def loss_figure(settings: Sequence[Setting], view: View, *, held_out: bool) -> F
         for place, curve, x_n, y_n in lines:
             style = style_of(place)
             if held_out:
-                every = max(1, len(x_n) // 8)
-                axes.plot(x_n, y_n, **style, linewidth=1.5, markersize=3.6, markevery=every)
+                marks = list(range(len(x_n) - 1, -1, -max(1, len(x_n) // 8)))  # the last point among them
+                axes.plot(x_n, y_n, **style, linewidth=1.5, markersize=3.6, markevery=marks)
                 continue
             colour = style["color"]
             axes.plot(*_thinned(x_n, curve.loss), color=colour, linewidth=0.6, alpha=0.22)
@@ -147,7 +150,7 @@ def loss_figure(settings: Sequence[Setting], view: View, *, held_out: bool) -> F
     return _figure(
         f"{kind.lower().replace('-', '_')}_loss_by_{view.key}",
         view.title,
-        f"{kind} loss against {view.title.lower()}, in {view.unit}. {described}.",
+        f"{kind} loss against {view.words}, in {view.unit}. {described}.",
         draw,
         [(setting.label, style_of(place)) for place, setting in enumerate(settings)],
     )
@@ -244,7 +247,7 @@ def _for_page(svg: str, name: str, description: str) -> str:
     from html import escape
 
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'\b(?:xlink:)?href="#([^"]*)"', rf'href="#{name}-\1"', svg)

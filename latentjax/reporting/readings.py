@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from latentjax.reporting.numbers import scaled, signed, written
+from latentjax.reporting.numbers import scaled, written
 from latentjax.reporting.settings import Setting
 from latentjax.reporting.statistics import Difference, Estimate, difference, estimate, interpolate_log
 
@@ -45,8 +45,12 @@ class EqualInference:
         low, high = scaled(min(flops)), scaled(max(flops))
         about = f"{low}FLOPs" if low == high else f"{low}FLOPs to {high}FLOPs"
         lead = f"At {about} a decoded token, {_ranking(self.ranked, decimals)}"
-        unfinished = [each.setting.label for each in self.ranked if not each.setting.is_finished]
-        return [lead, *([f"Not at its end: {'; '.join(unfinished)}."] if unfinished else [])]
+        behind = []
+        if unfinished := [each.setting.label for each in self.ranked if not each.setting.is_finished]:
+            behind.append(f"Not at the end of training: {'; '.join(unfinished)}.")
+        if len({tokens_of(each.setting) for each in self.ranked}) > 1:
+            behind.append("They were not trained on equally many tokens.")
+        return [lead, *behind]
 
 
 def equal_inference(settings: Sequence[Setting], tolerance: float) -> list[EqualInference]:
@@ -143,6 +147,12 @@ def _thinned(budgets: list[float]) -> list[float]:
     return [apart[round(place * last / (_MOST_BUDGETS - 1))] for place in range(_MOST_BUDGETS)]
 
 
+def tokens_of(setting: Setting) -> float:
+    """What a setting with a final step was trained on until then."""
+    run = setting.counted[0]
+    return float(run.held_out.tokens[run.held_out.steps.tolist().index(setting.final_step)])
+
+
 def _decode_flops(setting: Setting) -> float:
     return setting.runs[0].cost.decode_flops
 
@@ -158,9 +168,11 @@ def _rank(losses: Sequence[tuple[Setting, Estimate]]) -> tuple[Ranked, ...]:
 def _ranking(ranked: Sequence[Ranked], decimals: int) -> str:
     """The end of a sentence: who is lowest, and how far the others are above, next to the spread."""
     lowest, *others = ranked
-    parts = [f"{each.setting.label} {signed(each.over_lowest.value, decimals)} ({verdict(each)})" for each in others]
+    parts = [
+        f"{each.setting.label} by {written(each.over_lowest.value, decimals)} ({verdict(each)})" for each in others
+    ]
     loss = written(lowest.loss.mean, decimals)
-    return f"{lowest.setting.label} has the lowest held-out loss, {loss}; above it are {', '.join(parts)}."
+    return f"{lowest.setting.label} has the lowest held-out loss, {loss}. Above it: {'; '.join(parts)}."
 
 
 def verdict(each: Ranked) -> str:

@@ -68,6 +68,7 @@ def inference_table(found: EqualInference, results: Results, decimals: int) -> M
                 _name(results.settings.index(each.setting), each.setting),
                 element("td", f"{scaled(flops)}FLOPs", class_="number"),
                 element("td", f"{flops / found.cheapest:.3f}", class_="number"),
+                element("td", f"{scaled(_train_flops(each.setting, results))}FLOPs", class_="number"),
                 element("td", _with_spread(each.loss, decimals), class_="number"),
                 element("td", str(each.loss.n), class_="number"),
                 element("td", _NONE if gap is None else signed(gap.value, decimals), class_="number"),
@@ -76,8 +77,9 @@ def inference_table(found: EqualInference, results: Results, decimals: int) -> M
             )
         )
     heads = (
-        ("Decoding", "per token"), ("Ratio", "to cheapest"), ("Held-out loss", "nats per token"), ("Runs", ""),
-        ("Above lowest", "nats per token"), ("Spread", "of the difference"),
+        ("Decoding", "per token"), ("Ratio", "to cheapest"), ("Training", "in all"),
+        ("Held-out loss", "nats per token"), ("Runs", ""), ("Above lowest", "nats per token"),
+        ("Spread", "of the difference"),
     )  # fmt: skip
     head = element(
         "thead",
@@ -174,6 +176,12 @@ def runs_table(results: Results) -> Markup:
     return scroller(element("table", head, element("tbody", rows)), "All runs")
 
 
+def _train_flops(setting: Setting, results: Results) -> float:
+    """As the final table has it."""
+    at = [column.key for column in COLUMNS].index("train_flops")
+    return results.rows[results.settings.index(setting)].estimates[at].mean
+
+
 def _formatted(column: Column, estimates: Sequence[Estimate | None]) -> tuple[str, list[str | Markup]]:
     """The unit of a column, and its cells: all in one unit, so that they can be compared down the page."""
     known = [each for each in estimates if each is not None]
@@ -182,7 +190,7 @@ def _formatted(column: Column, estimates: Sequence[Estimate | None]) -> tuple[st
         return column.unit, [_with_spread(each, decimals) for each in estimates]
     if column.key in _TIMES:
         return column.unit, [_NONE if each is None else duration(each.mean) for each in estimates]
-    if column.key == "parameters":
+    if column.key in ("parameters", "cache_bytes_per_token"):
         return column.unit, [_NONE if each is None else f"{each.mean:,.0f}" for each in estimates]
     power, prefix = prefix_of(max((each.mean for each in known), default=0.0))
     smallest = min((each.mean / power for each in known), default=1.0)
