@@ -187,7 +187,11 @@ def pass_figures(settings: Sequence[Setting]) -> list[Figure]:
     def words(name: str) -> str:
         return "; ".join(
             f"{setting.label}: "
-            + ", ".join(f"{digits(value)} at R = {r}" for r, value in zip(found.iterations, getattr(found, name)))
+            + ", ".join(
+                f"{digits(value)} at R = {iterations}"
+                for iterations, value in zip(found.iterations, getattr(found, name), strict=True)
+                if np.isfinite(value)
+            )
             for _, setting, found in measured
         )
 
@@ -202,6 +206,29 @@ def pass_figures(settings: Sequence[Setting]) -> list[Figure]:
         )
         for name, title, label in parts
     ]
+
+
+def residual_figure(settings: Sequence[Setting]) -> Figure | None:
+    """Draws the thought residual that runs logged at their evaluations; None where none did."""
+    logged = [(place, *run.residuals) for place, setting in enumerate(settings) for run in setting.runs]
+    logged = [(place, steps_n, residual_n) for place, steps_n, residual_n in logged if (residual_n > 0).any()]
+    if not logged:
+        return None
+
+    def draw(axes: Any) -> None:
+        for place, steps_n, residual_n in logged:
+            marks = list(range(len(steps_n) - 1, -1, -max(1, len(steps_n) // 8)))
+            axes.plot(steps_n, residual_n, **style_of(place), linewidth=1.5, markersize=3.6, markevery=marks)
+        _log_axis(axes, "y")
+        axes.set_xlabel("steps")
+        axes.set_ylabel("relative RMS change in the last pass")
+
+    words = "; ".join(f"{settings[place].label} ends at {digits(residual_n[-1])}" for place, _, residual_n in logged)
+    title = "Change of the thoughts, in training"
+    legend = [(settings[place].label, style_of(place)) for place in dict.fromkeys(place for place, *_ in logged)]
+    return _figure(
+        "residual_by_steps", title, f"Thought residual at evaluations, against steps. {words}.", draw, legend
+    )
 
 
 def _figure(

@@ -15,15 +15,16 @@ from latentjax.reporting.runs import printable
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The figures of a page: losses against the four views, and what was measured by refinement pass."""
+    """The figures of a page: losses against the four views, and what there is of thoughts, by pass and by step."""
 
     held_out: Sequence[Figure]
     training: Sequence[Figure]
     passes: Sequence[Figure]
+    residual: Figure | None
 
     def all(self) -> list[Figure]:
         """Each of them once."""
-        return [*self.held_out, *self.training, *self.passes]
+        return [*self.held_out, *self.training, *self.passes, *([self.residual] if self.residual else [])]
 
 
 def page(results: Results, pictures: Pictures) -> str:
@@ -32,7 +33,7 @@ def page(results: Results, pictures: Pictures) -> str:
         ("results", "Results", _results(results)),
         ("readings", "Readings", _readings(results)),
         ("curves", "Curves", _curves(results, pictures)),
-        ("thoughts", "Thoughts", _thoughts(results, pictures.passes)),
+        ("thoughts", "Thoughts", _thoughts(results, pictures)),
         ("runs", "Runs", _runs(results)),
         ("counting", "How it is counted", _counting()),
     ]
@@ -164,10 +165,12 @@ def _curves(results: Results, pictures: Pictures) -> Markup:
     )  # fmt: skip
 
 
-def _legend(results: Results) -> Markup:
+def _legend(results: Results, *, iterating: bool = False) -> Markup:
+    """Which line is which; with `iterating`, of the settings that refine thoughts alone."""
     items = [
         element("li", tables.swatch(place), element("span", setting.label))
         for place, setting in enumerate(results.settings)
+        if setting.runs[0].iterates or not iterating
     ]
     return element("ul", items, class_="legend")
 
@@ -183,25 +186,28 @@ def _grid(figures: Sequence[Figure]) -> Markup:
     )
 
 
-def _thoughts(results: Results, figures: Sequence[Figure]) -> Markup:
+def _thoughts(results: Results, pictures: Pictures) -> Markup:
+    if not any(run.iterates for run in results.runs):
+        return element("p", "No run here refines thoughts.", class_="reading")
     missing = [run for run in results.runs if run.iterates and run.diagnostics is None]
-    parts = []
+    figures = [*pictures.passes, *([pictures.residual] if pictures.residual else [])]
+    parts: list[Markup] = []
     if figures:
-        parts += [
-            _legend(results),
-            _grid(figures),
-            element(
-                "p",
-                "Change is the relative RMS change of the thoughts in the last of so many refinement passes; distance "
-                "is that of what the head reads from exact sequential decoding. Thin line: loss of exact decoding.",
-                class_="note",
-            ),
-            tables.pass_table(results),
-        ]
-    elif not missing:
-        parts.append(element("p", "No run here refines thoughts.", class_="reading"))
+        note = (
+            "Change is the relative RMS change of the thoughts in the last refinement pass; in training it is that of "
+            "evaluations, with their R."
+        )
+        if pictures.passes:
+            note += (
+                " Distance is that of what the head reads from exact sequential decoding, likewise. The thin line is "
+                "the loss of exact decoding."
+            )
+        parts += [_legend(results, iterating=True), _grid(figures), element("p", note, class_="note")]
+    if pictures.passes:
+        parts.append(tables.pass_table(results))
     if missing:
-        parts.append(element("p", "Not measured yet; each of these writes what this section shows:", class_="reading"))
+        words = "Not measured by refinement pass yet. Each of these commands does that, and leaves it for this page:"
+        parts.append(element("p", words, class_="reading"))
         commands = "\n".join(f"python -m latentjax.evaluate --checkpoint {run.path} --diagnostics" for run in missing)
         parts.append(element("pre", element("code", commands)))
     return joined(parts)

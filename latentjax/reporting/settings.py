@@ -204,7 +204,7 @@ def comparable_groups(settings: Sequence[Setting]) -> tuple[list[list[Setting]],
             "text."
         )
     for setting in settings:
-        seeds = [(run.config.data.seed, run.config.train.seed) for run in setting.runs]
+        seeds = [(run.config.data.seed, run.config.train.seed) for run in setting.counted]
         if len(set(seeds)) < len(seeds):
             warnings.append(
                 f"{setting.label}: several runs have the same seeds; as repeats of one run they make the spread "

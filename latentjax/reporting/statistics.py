@@ -62,7 +62,8 @@ def interpolate_log(at: float, x_n: np.ndarray, y_n: np.ndarray) -> float | None
     Args:
       x_n: increasing, above 0.
     """
-    if not len(x_n) or not x_n[0] <= at <= x_n[-1]:
+    rounding = 1e-9  # sums of the same FLOPs in another order
+    if not len(x_n) or not x_n[0] * (1 - rounding) <= at <= x_n[-1] * (1 + rounding):
         return None
     return float(np.interp(math.log(at), np.log(x_n), y_n))
 

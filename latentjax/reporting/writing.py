@@ -43,6 +43,7 @@ def write_report(results: Results, directory: Path, note: Callable[[str], None])
         held_out=[figures.loss_figure(settings, view, held_out=True) for view in seen],
         training=[figures.loss_figure(settings, view, held_out=False) for view in seen],
         passes=figures.pass_figures(settings),
+        residual=figures.residual_figure(settings),
     )
     text = page(results, pictures)
     try:

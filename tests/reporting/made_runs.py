@@ -54,6 +54,8 @@ def made_run(
         if step in evaluations:
             loss = evaluations[step]
             line |= {"eval_loss": loss, "eval_bits_per_byte": None if loss is None else 1.5 * loss}
+            if config.recurrence.method == "latent":
+                line["thought_residual"] = 0.5 / step
         lines.append(json.dumps(line))
     (workdir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (workdir / "tokenizer").mkdir()
