@@ -11,7 +11,6 @@ import numpy as np
 
 from latentjax.errors import UserError
 from latentjax.reporting.numbers import digits, prefix_of
-from latentjax.reporting.runs import Curve
 from latentjax.reporting.settings import Setting
 from latentjax.reporting.statistics import smoothed
 
@@ -27,9 +26,9 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
 }
 _SIZE = (4.6, 3.1)  # inches: beside another on a desk, alone on a phone, with letters that can be read on both
 _MOST_POINTS = 500  # of a line: a page of long runs stays small
-_SMOOTHED_OVER = 1 / 60  # of a run's logged points: standard deviation of the weights of the mean
+_SMOOTHED_OVER = 1 / 40  # of a run's logged points: standard deviation of the weights of the mean
 _LOG_FROM = 3.0  # axes on which settings end further apart than this are logarithmic
-_SKIPPED = 0.04  # of a run: what is above the losses from there on is cut off
+_SKIPPED = 0.1  # of a run: what is above the losses from there on is cut off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +93,13 @@ def views(settings: Sequence[Setting]) -> list[View]:
     """The four, with units that fit the runs."""
     found = [View("steps", "Steps", "steps", "steps", 1.0)]
     for key, title, axis in (("tokens", "Tokens", "tokens"), ("flops", "Training FLOPs", "training FLOPs")):
-        power, prefix = prefix_of(_largest(settings, key))
+        power, prefix = prefix_of(_usual_end(settings, key))
         names = {"k": "thousand ", "M": "million ", "G": "billion ", "T": "trillion "}
         unit = f"{prefix}FLOPs" if key == "flops" else f"{names.get(prefix, prefix)}tokens"
         found.append(View(key, title, axis, unit, power))
-    longest = _largest(settings, "seconds")
+    usual = _usual_end(settings, "seconds")
     divisor, unit = next(
-        (pair for pair in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")) if longest >= 2 * pair[0]),
+        (pair for pair in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")) if usual >= 2 * pair[0]),
         (1.0, "seconds"),
     )
     return [*found, View("seconds", "Time in training steps", "time in training steps", unit, divisor)]
@@ -139,10 +138,12 @@ def loss_figure(settings: Sequence[Setting], view: View, *, held_out: bool) -> F
         if np.isfinite(highest) and highest > lowest:
             room = 0.06 * (highest - lowest)
             axes.set_ylim(lowest - room, highest + room)
-        if ends and view.key in ("flops", "seconds") and max(ends) > _LOG_FROM * min(ends):
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        if ends and max(ends) > _LOG_FROM * min(ends):
             _log_axis(axes, "x")
-            first = min(x_n[x_n > 0][0] for _, _, x_n, _ in lines if (x_n > 0).any())
-            axes.set_xlim(first, max(ends) * 1.08)
+            in_sight = [x_n[(x_n > 0) & (y_n <= max(highest, y_n[-1]))] for _, _, x_n, y_n in lines]
+            first = min((x_n[0] for x_n in in_sight if len(x_n)), default=min(ends))
+            axes.set_xlim(first / 1.12, max(ends) * 1.08)
         axes.set_xlabel(view.unit)
         axes.set_ylabel(f"{kind.lower()} loss (nats per token)")
 
@@ -201,9 +202,7 @@ def pass_figures(settings: Sequence[Setting]) -> list[Figure]:
         ("loss", "Held-out loss by R", "held-out loss (nats per token)"),
     )
     return [
-        _figure(
-            f"{name}_by_pass", title, f"{title}, by refinement passes. {words(name)}.", by_pass(name, label), legend
-        )
+        _figure(f"{name}_by_pass", title, f"{title}. {words(name)}.", by_pass(name, label), legend)
         for name, title, label in parts
     ]
 
@@ -303,13 +302,11 @@ def _thinned(x_n: np.ndarray, y_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x_n[keep], y_n[keep]
 
 
-def _largest(settings: Sequence[Setting], key: str) -> float:
-    def last(curve: Curve) -> float:
-        values_n = getattr(curve, key)
-        values_n = values_n[np.isfinite(values_n)]
-        return float(values_n[-1]) if len(values_n) else 0.0
-
-    return max((last(run.training) for setting in settings for run in setting.runs), default=0.0)
+def _usual_end(settings: Sequence[Setting], key: str) -> float:
+    """Between the smallest and the largest number that runs end at, on a logarithmic scale: what a unit should fit."""
+    values = [getattr(run.training, key) for setting in settings for run in setting.runs]
+    ends = [known_n[-1] for values_n in values if len(known_n := values_n[np.isfinite(values_n) & (values_n > 0)])]
+    return float(np.sqrt(min(ends) * max(ends))) if ends else 0.0
 
 
 def _described(setting: Setting, held_out: bool) -> str:

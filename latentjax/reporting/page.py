@@ -148,9 +148,11 @@ def _readings(results: Results) -> Markup:
 
 def _curves(results: Results, pictures: Pictures) -> Markup:
     held_out = (
-        "Each line is a run; marks stand at some of its evaluations. Losses above those after 4% of a run are cut off."
+        "Each line is a run; marks stand at some evaluations. Losses above those after a tenth of a run are cut off."
     )
-    training = "Faint: each logged batch. Line: its mean, weighted by a Gaussian of a sixtieth of the logged steps."
+    training = (
+        "Faint: each logged batch. Line: its mean, weighted by a Gaussian of a fortieth of the run's logged steps."
+    )
     time = (
         "Time is that in training steps, from the logged tokens per second: starting, compiling, evaluating, sampling "
         "and saving are left out."
