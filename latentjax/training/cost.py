@@ -14,7 +14,7 @@ from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.draw import TrainSchedule
 from latentjax.recurrence.language_model import LanguageModel
-from latentjax.recurrence.methods import make_recurrence
+from latentjax.recurrence.methods import make_recurrence, train_recurrence
 from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, work_flops_per_token
 
 
@@ -60,9 +60,10 @@ def cost_of(config: ConfigDict) -> Cost:
     recurrence = make_recurrence(recurrence_spec)
     layers, tables = _count_parameters(LanguageModel(spec, recurrence_spec))
     shares = TrainSchedule.of(recurrence_spec, config.train.num_steps).shares
-    train_flops = sum(share * work_flops_per_token(spec, recurrence, length, work) for work, share in shares.items())
+    flops = (share * work_flops_per_token(spec, recurrence_spec, length, work) for work, share in shares.items())
+    train_flops = sum(flops)
     forwards = (
-        share * recurrence.with_thoughts(work.num_latent_thoughts).token_forwards(work.num_jacobi_iterations)
+        share * train_recurrence(recurrence_spec, work.num_latent_thoughts).token_forwards(work.num_jacobi_iterations)
         for work, share in shares.items()
     )
     return Cost(
