@@ -57,6 +57,7 @@ def default() -> ConfigDict:
     recurrence.train_schedule = ()  # (latent) stages: ((share of num_steps from which on, C, (R, ..)), ...); (): one
     recurrence.handover_ratio = 0.0  # share of num_steps in which a stage takes over, ever more steps being of it
     recurrence.train_tolerance = 0.0  # (latent) refine until thoughts change by no more than this; 0.0: R times
+    recurrence.refinement = "full"  # (latent) of thoughts in training: full passes, or alternating, slot by slot
     recurrence.scale_embeddings = True  # of latent by sqrt(2.5 D), of pause and ponder by sqrt(D); loop's always are
     recurrence.pause_token_id = -1  # the token that pause inserts; -1: the last of the vocabulary, which no text has
     recurrence.ponder_chunk_tokens = 0  # tokens per sequence whose probabilities ponder holds at once; 0: all

@@ -91,6 +91,7 @@ def _recurrence_spec(config: dict[str, Any], vocab_size: int, source: str) -> Re
         train_schedule=(),
         handover_ratio=0.0,
         train_tolerance=0.0,
+        refinement="full",
     )
 
 

@@ -29,6 +29,7 @@ _REFINEMENT = (
     "train_schedule",
     "handover_ratio",
     "train_tolerance",
+    "refinement",
 )
 # How a knob is written in a label; others as their name and value.
 _WRITTEN = {
