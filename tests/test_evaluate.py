@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import recipes
 from harness_tasks import write_tasks
+from together import ended, start_processes
 
 from latentjax import evaluate
 from latentjax.config import default
@@ -120,6 +121,29 @@ def test_tasks(capsys, whole_run: Path, tmp_path: Path):
     assert evaluate.main(["--checkpoint", str(whole_run), *tasks[:3], str(directory), "--limit=2"]) == 0
     table = capsys.readouterr().out
     assert "local_choice" in table and "acc_norm" in table and "+/-" in table
+
+
+@needs_harness
+def test_two_processes_have_the_numbers_of_one(capsys, whole_run: Path, tmp_path: Path):
+    """Of text and of tasks; the first says them, once, and the second nothing."""
+    tasks = ["--tasks=local_choice", "--include_path", str(write_tasks(tmp_path / "tasks")), "--limit=2"]
+    flags = [*tasks, "--batch_tokens=512", "--data", str(recipes.CORPUS), "--eval_batches=1", "--exact"]
+    output = tmp_path / "results.json"
+    command = [sys.executable, "-m", "latentjax.evaluate", "--checkpoint", str(whole_run), "--output", str(output)]
+    results = ended(start_processes([*command, *flags, "--config.mesh.fsdp=2"], num_devices=4))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+    one, two = result_of(capsys, whole_run, *flags), json.loads(output.read_text())
+    assert two["text"]["tokens"] == one["text"]["tokens"]
+    for mine, expected in zip(two["text"]["sets"], one["text"]["sets"], strict=True):
+        assert mine == pytest.approx(expected, abs=1e-4)
+    for mine, expected in zip(two["tasks"], one["tasks"], strict=True):
+        assert mine["metrics"] == pytest.approx(expected["metrics"], abs=1e-4)
+    said, nothing = (
+        [line for line in result.stdout.splitlines() if not line.startswith("[Gloo]")] for result in results
+    )
+    assert nothing == [] and sum("perplexity" in line for line in said) == 1 and "acc_norm" in said[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs of several processes of 8 devices in all, on this machine, through the command line."""
+"""Command lines of several processes, of 8 devices in all, on this machine."""
 
 import socket
 import subprocess
@@ -12,17 +12,22 @@ from latentjax.training.metrics import read_metrics
 
 
 def start_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.Popen]:
-    """Starts the command line in processes of 8 devices in all."""
+    """Starts a training run in processes of 8 devices in all."""
+    return start_processes(recipes.command(workdir, *overrides), num_processes)
+
+
+def start_processes(command: list[str], num_processes: int = 2, num_devices: int = 8) -> list[subprocess.Popen]:
+    """Starts a command line in processes of so many devices in all."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     return [
         subprocess.Popen(
             [
-                *recipes.command(workdir, *overrides),
+                *command,
                 *("--coordinator", coordinator, "--num_processes", str(num_processes), "--process_id", str(number)),
             ],
-            env=recipes.environment(8 // num_processes),
+            env=recipes.environment(num_devices // num_processes),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -32,9 +37,14 @@ def start_together(workdir: Path, *overrides: str, num_processes: int = 2) -> li
 
 
 def run_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.CompletedProcess]:
-    """Runs the command line in processes of 8 devices in all, to their ends."""
+    """Runs training in processes of 8 devices in all, to their ends."""
+    return ended(start_together(workdir, *overrides, num_processes=num_processes))
+
+
+def ended(started: list[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
+    """Waits for the ends of processes."""
     results = []
-    for process in start_together(workdir, *overrides, num_processes=num_processes):
+    for process in started:
         out, err = process.communicate(timeout=300)
         results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return results
