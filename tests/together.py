@@ -11,13 +11,17 @@ import recipes
 from latentjax.training.metrics import read_metrics
 
 
-def start_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.Popen]:
-    """Starts a training run in processes of 8 devices in all."""
-    return start_processes(recipes.command(workdir, *overrides), num_processes)
+def start_together(
+    workdir: Path, *overrides: str, num_processes: int = 2, recipe: str = str(recipes.RECIPE), apart: bool = False
+) -> list[subprocess.Popen]:
+    """Starts training in processes of 8 devices in all; `apart`: each in a directory of its own, WORKDIR/n."""
+    places = [workdir / str(number) if apart else workdir for number in range(num_processes)]
+    return start_processes([recipes.command(place, *overrides, recipe=recipe) for place in places])
 
 
-def start_processes(command: list[str], num_processes: int = 2, num_devices: int = 8) -> list[subprocess.Popen]:
-    """Starts a command line in processes of so many devices in all."""
+def start_processes(commands: list[list[str]], num_devices: int = 8) -> list[subprocess.Popen]:
+    """Starts command lines as processes that work together, of so many devices in all."""
+    num_processes = len(commands)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -32,13 +36,15 @@ def start_processes(command: list[str], num_processes: int = 2, num_devices: int
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(num_processes)
+        for number, command in enumerate(commands)
     ]
 
 
-def run_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.CompletedProcess]:
-    """Runs training in processes of 8 devices in all, to their ends."""
-    return ended(start_together(workdir, *overrides, num_processes=num_processes))
+def run_together(
+    workdir: Path, *overrides: str, num_processes: int = 2, recipe: str = str(recipes.RECIPE), apart: bool = False
+) -> list[subprocess.CompletedProcess]:
+    """Runs training in processes of 8 devices in all, to their ends; see `start_together`."""
+    return ended(start_together(workdir, *overrides, num_processes=num_processes, recipe=recipe, apart=apart))
 
 
 def ended(started: list[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
