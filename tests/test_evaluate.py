@@ -130,7 +130,7 @@ def test_two_processes_have_the_numbers_of_one(capsys, whole_run: Path, tmp_path
     flags = {"text": ["--eval_batches=2", "--exact"], "tasks": [*tasks, "--batch_tokens=512", "--tolerance=1e-3"]}[kind]
     output = tmp_path / "results.json"
     command = [sys.executable, "-m", "latentjax.evaluate", "--checkpoint", str(whole_run), "--output", str(output)]
-    results = ended(start_processes([*command, *flags, "--config.mesh.fsdp=2"], num_devices=4))
+    results = ended(start_processes([[*command, *flags, "--config.mesh.fsdp=2"]] * 2, num_devices=4))
     for result in results:
         assert result.returncode == 0, result.stderr
         assert "Traceback" not in result.stderr
