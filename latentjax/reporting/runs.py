@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from latentjax.data.tokenizers.base import DESCRIPTION_FILE
 from latentjax.errors import UserError, brief, shown
 from latentjax.opening import CONFIG, is_run, read_run_config
+from latentjax.recurrence.draw import Work
 from latentjax.reporting.diagnostics import Diagnostics, read_diagnostics
 from latentjax.reporting.numbers import finite
-from latentjax.training.cost import Cost, cost_of, flops_of_steps, iterations_of_steps
+from latentjax.training.cost import Cost, cost_of, flops_of_steps, works_of_steps
 from latentjax.training.goodput import GOODPUT_FILE, STEPS
 from latentjax.training.metrics import read_metrics
 from latentjax.training.run_directory import TOKENIZER
@@ -185,11 +186,13 @@ def _curve(lines: list[dict[str, Any]], config: ConfigDict, remarks: list[str]) 
     """The curve of the training loss."""
     steps_n = np.array([line["step"] for line in lines], np.int64)
     tokens_per_step = config.data.batch_size * config.data.sequence_length
-    iterations = iterations_of_steps(config, int(steps_n[-1]) if len(steps_n) else 0)
-    logged = [line.get("num_jacobi_iterations") for line in lines]
-    if any(
-        type(each) is int and each != drawn
-        for each, drawn in zip(logged, iterations[steps_n - 1].tolist(), strict=True)
+    works = works_of_steps(config, int(steps_n[-1]) if len(steps_n) else 0)
+    if config.recurrence.train_tolerance:
+        works = _as_logged(works, lines)
+    elif any(
+        type(line.get("num_jacobi_iterations")) is int
+        and line["num_jacobi_iterations"] != works[line["step"] - 1].num_jacobi_iterations
+        for line in lines
     ):
         remarks.append(
             "the log has other R than its config draws, so that they were changed on the way: training FLOPs are those "
@@ -200,7 +203,7 @@ def _curve(lines: list[dict[str, Any]], config: ConfigDict, remarks: list[str]) 
             "the log has other numbers of tokens than its config makes, so that the batch was changed on the way: "
             "tokens and training FLOPs are those of the config as it is now"
         )
-    flops_n = np.cumsum(flops_of_steps(config, iterations))[steps_n - 1] if len(steps_n) else np.zeros(0)
+    flops_n = np.cumsum(flops_of_steps(config, works))[steps_n - 1] if len(steps_n) else np.zeros(0)
     tokens_n = steps_n.astype(np.float64) * tokens_per_step
     return Curve(
         steps=steps_n.astype(np.float64),
@@ -210,6 +213,18 @@ def _curve(lines: list[dict[str, Any]], config: ConfigDict, remarks: list[str]) 
         loss=np.array([finite(line.get("loss")) for line in lines], np.float64),
         bits_per_byte=np.full(len(lines), np.nan),
     )
+
+
+def _as_logged(works: list[Work], lines: list[dict[str, Any]]) -> list[Work]:
+    """With the R that was found at each line, for the steps since the line before too."""
+    logged, begin = list(works), 0
+    for line in lines:
+        found = finite(line.get("num_jacobi_iterations"))
+        for step in range(begin, line["step"]):
+            if works[step].num_latent_thoughts and math.isfinite(found):
+                logged[step] = works[step]._replace(num_jacobi_iterations=found)
+        begin = line["step"]
+    return logged
 
 
 def _seconds(tokens_n: np.ndarray, rates: list[float]) -> np.ndarray:

@@ -22,7 +22,14 @@ _EXECUTION = re.compile(
     r"|loss_chunk_tokens|compilation_cache|lost_after_seconds|hung_after_seconds|on_bad_numbers|max_skipped_updates"
     r"|spike_.*|max_rewinds)"
 )
-_REFINEMENT = ("num_jacobi_iterations", "train_jacobi_iterations", "backprop_passes")
+_REFINEMENT = (
+    "num_jacobi_iterations",
+    "train_jacobi_iterations",
+    "backprop_passes",
+    "train_schedule",
+    "handover_ratio",
+    "train_tolerance",
+)
 # How a knob is written in a label; others as their name and value.
 _WRITTEN = {
     "model.num_layers": "{} layers",
