@@ -76,7 +76,7 @@ STAGES = "((0.0, 0, (0,)), (0.5, 1, (2, 3)))"
     ("changes", "message"),
     [
         ({"train_schedule": "((0.5, 1),)"}, r"must be stages \(share of num_steps, C, \(R, ..\)\), such as"),
-        ({"train_schedule": "((0.0, 0, (0,)), (0.5, 2, (2,)))"}, "the C of a stage is 2, .* num_latent_thoughts=1"),
+        ({"train_schedule": "((0.0, 0, (0,)), (0.5, 2, (2,)))"}, "the C of a stage is 2, .*num_latent_thoughts=1"),
         ({"train_schedule": "((0.0, 1, ()),)"}, r"the values of R of a stage are \(\), "),
         ({"train_schedule": "((0.0, 0, (0, 1)),)"}, r"C = 0 has no thoughts to refine; its values of R must be \(0,\)"),
         ({"train_schedule": "((0.1, 1, (2,)),)"}, "must rise from 0.0, and be below 1.0"),
