@@ -1,6 +1,7 @@
 """The whole language model: embedding, a backbone applied by a recurrence, head."""
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -24,6 +25,11 @@ class LanguageModel(nn.Module):
 
     spec: ModelSpec
     recurrence_spec: RecurrenceSpec
+
+    if TYPE_CHECKING:
+
+        def apply(self, variables: Any, *arguments: Any, **settings: Any) -> Any:
+            """As Flax's, whose types say only that a method may return variables beside what it computes."""
 
     def setup(self) -> None:
         recurrence = make_recurrence(self.recurrence_spec)

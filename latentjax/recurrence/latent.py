@@ -8,6 +8,7 @@ more exact, and all of them about threefold closer.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -34,7 +35,7 @@ class Latent(Recurrence):
     backprop_passes: int
     scale_embeddings: bool
 
-    uses_jacobi_iterations = True
+    uses_jacobi_iterations: ClassVar[bool] = True
 
     @property
     def slots_per_token(self) -> int:
