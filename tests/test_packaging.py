@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = [Requirement(each) for each in PROJECT["dependencies"]]
 EXTRAS = {name: list(map(Requirement, each)) for name, each in PROJECT["optional-dependencies"].items()}
-LOCKED_EXTRAS = ("tests", "tasks", "gcs", "beam", "docs")
+LOCKED_EXTRAS = ("tests", "tasks", "gcs", "beam", "report", "docs")
 # Modules that are there for what an extra brings, and are imported only where that is used.
 FOR_EXTRAS = ("interop/hf/", "interop/lm_eval_adapter.py")
 

@@ -55,6 +55,7 @@ def language_model(
     *,
     method: str = "latent",
     backprop_passes: int = 0,
+    refinement: str = "full",
     ponder_chunk_tokens: int = 0,
     **changes: Any,
 ) -> LanguageModel:
@@ -68,6 +69,10 @@ def language_model(
         scale_embeddings=True,
         pause_token_id=-1,
         ponder_chunk_tokens=ponder_chunk_tokens,
+        train_schedule=(),
+        handover_ratio=0.0,
+        train_tolerance=0.0,
+        refinement=refinement,
     )
     return LanguageModel(model_spec(architecture, **changes), recurrence_spec)
 

@@ -8,7 +8,9 @@ more exact, and all of them about threefold closer.
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,13 +22,16 @@ from latentjax.models.layers import shard_activation
 from latentjax.models.slots import SlotRange, interleave, repeat_ids, split
 from latentjax.recurrence.base import Prefilled, Recurrence
 
+Ids = tuple[jax.Array, jax.Array | None]  # positions and segment ids of the tokens, int32 (B, T)
+
 
 @dataclasses.dataclass(frozen=True)
 class Latent(Recurrence):
     """C latent thoughts per token.
 
     Attributes:
-      num_latent_thoughts: C >= 1 (C = 0 is `Vanilla`).
+      num_latent_thoughts: C; 0 for a part of training only, with R = 0: one pass, whose hidden states at the tokens the
+        head reads (a model that never has thoughts is `Vanilla`).
       backprop_passes: gradients flow through this many of the last passes only; 0: through all.
       scale_embeddings: give token embeddings unit RMS at initialisation, which thoughts have after the final norm.
     """
@@ -72,43 +77,84 @@ class Latent(Recurrence):
         num_jacobi_iterations: int,
     ) -> tuple[jax.Array, jax.Array]:
         """Growing passes, R refinement passes as one scan, and the pass whose prediction slots the head reads."""
-        num_thoughts = self.num_latent_thoughts
+        num_thoughts, ids = self.num_latent_thoughts, (positions_BT, segment_ids_BT)
         # Passes before this one are computed without keeping anything for the backward pass.
         num_passes = num_thoughts + num_jacobi_iterations + 1
         first_kept = num_passes - self.backprop_passes if self.backprop_passes else 0
+        state = self._begin(backbone, x_BTD, ids, first_kept)
 
-        def apply_pass(
-            backbone: nn.Module, z_BQD: jax.Array | None, keep: bool, start: int = 0, stop: int | None = None
-        ) -> jax.Array:
-            x_and_z = (x_BTD, z_BQD) if keep else jax.lax.stop_gradient((x_BTD, z_BQD))
-            h_BQD, _ = _apply_pass(backbone, *x_and_z, positions_BT, segment_ids_BT, start, stop)
-            return h_BQD if keep else jax.lax.stop_gradient(h_BQD)
+        def refine(backbone: nn.Module, state: Any) -> tuple[Any, jax.Array]:
+            return self._refined(backbone, x_BTD, ids, state)
 
-        z_BQD = None
-        for k in range(num_thoughts):
-            # The pass that appends thought k + 1 also refines those before it.
-            z_BQD = apply_pass(backbone, z_BQD, keep=k >= first_kept)
+        def refine_constants(backbone: nn.Module, state: Any) -> tuple[Any, jax.Array]:
+            constants = jax.lax.stop_gradient((x_BTD, state))
+            return jax.lax.stop_gradient(self._refined(backbone, constants[0], ids, constants[1]))
 
-        def refine(backbone: nn.Module, z_BQD: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
-            new_BQD = apply_pass(backbone, z_BQD, keep, stop=num_thoughts)
-            return new_BQD, thought_residual(new_BQD, z_BQD)
-
-        residuals = [jnp.zeros((0,), jnp.float32)]
         num_free = min(max(first_kept - num_thoughts, 0), num_jacobi_iterations)
-        for keep, length in ((False, num_free), (True, num_jacobi_iterations - num_free)):
-            if length == 0:
-                continue
-            scanned = nn.scan(
-                lambda backbone, z_BQD, _, keep=keep: refine(backbone, z_BQD, keep),
-                variable_broadcast="params",
-                split_rngs={"params": False},
-                length=length,
-                unroll=length if backbone.spec.unrolls else 1,
-            )
-            z_BQD, residual_R = scanned(backbone, z_BQD, None)
-            residuals.append(residual_R)
+        state, free_R = _repeat(backbone, state, refine_constants, num_free)
+        state, kept_R = _repeat(backbone, state, refine, num_jacobi_iterations - num_free)
+        return self._predicted(backbone, x_BTD, ids, state), jnp.concatenate([free_R, kept_R])
 
-        return apply_pass(backbone, z_BQD, keep=True, start=num_thoughts), jnp.concatenate(residuals)
+    def forward_settled(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        tolerance: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Passes without gradients until the thoughts have settled, in a loop; then `backprop_passes` with them."""
+        ids, num_trained = (positions_BT, segment_ids_BT), self.backprop_passes - 1
+
+        def settle(backbone: nn.Module, x_BTD: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+            def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
+                _, residual, num_passes = carry
+                return (residual > tolerance) & (num_passes < num_jacobi_iterations - num_trained)
+
+            def refine(backbone: nn.Module, carry: tuple) -> tuple:
+                state, _, num_passes = carry
+                return *self._refined(backbone, x_BTD, ids, state), num_passes + 1
+
+            state = self._begin(backbone, x_BTD, ids, first_kept=0)
+            start = (state, jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+            loop = partial(nn.while_loop, broadcast_variables="params", split_rngs={"params": False})
+            return loop(is_unsettled, refine, backbone, start)
+
+        # The parameters of the loop are constants: how often it runs is not known when gradients are traced.
+        settle = nn.map_variables(settle, "params", trans_in_fn=jax.lax.stop_gradient)
+        state, _, num_passes = settle(backbone, jax.lax.stop_gradient(x_BTD))
+
+        def refine(backbone: nn.Module, state: Any) -> tuple[Any, jax.Array]:
+            return self._refined(backbone, x_BTD, ids, state)
+
+        state, _ = _repeat(backbone, jax.lax.stop_gradient(state), refine, num_trained)
+        return self._predicted(backbone, x_BTD, ids, state), num_passes + num_trained
+
+    def _begin(self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, first_kept: int) -> jax.Array:
+        """Growing passes: the thoughts before any refinement, (B, C T, D); those before `first_kept` are constants."""
+        z_BQD = None
+        for k in range(self.num_latent_thoughts):
+            # The pass that appends thought k + 1 also refines those before it.
+            if k >= first_kept:
+                z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids)
+            else:
+                h_BQD, _ = _apply_pass(backbone, *jax.lax.stop_gradient((x_BTD, z_BQD)), *ids)
+                z_BQD = jax.lax.stop_gradient(h_BQD)
+        return z_BQD
+
+    def _refined(
+        self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, z_BQD: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """A refinement pass: the new thoughts and the thought residual."""
+        new_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids, stop=self.num_latent_thoughts)
+        return new_BQD, thought_residual(new_BQD, z_BQD)
+
+    def _predicted(self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, z_BQD: jax.Array | None) -> jax.Array:
+        """The pass whose prediction slots the head reads, (B, T, D)."""
+        return _apply_pass(backbone, x_BTD, z_BQD, *ids, start=self.num_latent_thoughts)[0]
 
     def forward_until(
         self,
@@ -128,6 +174,40 @@ class Latent(Recurrence):
         start = self.num_latent_thoughts
         hidden_BTD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start)
         return hidden_BTD, residual_B, num_passes
+
+    def forward_each(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        read: Callable[[jax.Array], Any],
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """One scan of R + 1 passes, of which every slot is kept.
+
+        A refinement pass is the final pass too, for the thoughts that enter it: its prediction slots are what R would
+        have been enough for, had it been the last.
+        """
+        num_thoughts = self.num_latent_thoughts
+        z_BQD = self._begin(backbone, x_BTD, (positions_BT, segment_ids_BT), first_kept=0)
+
+        def refine(backbone: nn.Module, z_BQD: jax.Array, _: None) -> tuple[jax.Array, tuple]:
+            h_BSD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
+            *thoughts, hidden_BTD = split(h_BSD, num_thoughts + 1)
+            new_BQD = interleave(thoughts)
+            return new_BQD, (read(hidden_BTD), *_row_squares(new_BQD, z_BQD, None))
+
+        scanned = nn.scan(
+            refine,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=num_jacobi_iterations + 1,
+        )
+        _, (readings, change_RB, size_RB) = scanned(backbone, z_BQD, None)
+        return readings, change_RB[:-1], size_RB[:-1]  # the last pass's new thoughts have not been read with
 
     def decode(
         self,
@@ -194,9 +274,7 @@ class Latent(Recurrence):
         """
         num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
         ids = positions_BT, segment_ids_BT
-        z_BQD = None
-        for _ in range(num_thoughts):
-            z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids)
+        z_BQD = self._begin(backbone, x_BTD, ids, first_kept=0)
         counted_BQ1 = None if counted_BT is None else repeat_ids(counted_BT, num_thoughts)[..., None]
 
         def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
@@ -237,6 +315,22 @@ def _apply_pass(
     return backbone(x_BSD, *ids, cache, kept=SlotRange(slots, start, slots if stop is None else stop))
 
 
+def _repeat(
+    backbone: nn.Module, state: Any, refine: Callable[[nn.Module, Any], tuple[Any, jax.Array]], length: int
+) -> tuple[Any, jax.Array]:
+    """So many refinements as one scan: the state after them, and the thought residual of each, float32 (length,)."""
+    if length == 0:
+        return state, jnp.zeros((0,), jnp.float32)
+    scanned = nn.scan(
+        lambda backbone, state, _: refine(backbone, state),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        length=length,
+        unroll=length if backbone.spec.unrolls else 1,
+    )
+    return scanned(backbone, state, None)
+
+
 def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
     """The RMS of the change over the RMS of the new thoughts: a float32 scalar, 0 at the fixed point."""
     new_BQD, old_BQD = (jax.lax.stop_gradient(z).astype(jnp.float32) for z in (new_BQD, old_BQD))
@@ -245,7 +339,13 @@ def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
 
 def _row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> jax.Array:
     """As `thought_residual`, for each row, over the slots that count: float32 (B,)."""
+    change_B, size_B = _row_squares(new_BQD, old_BQD, counted_BQ1)
+    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
+
+
+def _row_squares(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Each row's sums of squares of the change and of the new thoughts, over the slots that count: float32 (B,)."""
     weight = 1.0 if counted_BQ1 is None else counted_BQ1.astype(jnp.float32)
     new_BQD, old_BQD = (z.astype(jnp.float32) for z in (new_BQD, old_BQD))
     change_B, size_B = (jnp.sum(jnp.square(z) * weight, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
-    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
+    return change_B, size_B

@@ -7,19 +7,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.base import Recurrence, RecurrenceSpec
+from latentjax.recurrence.draw import TrainSchedule, Work
 from latentjax.recurrence.language_model import LanguageModel
-from latentjax.recurrence.methods import make_recurrence
-from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, train_flops_per_token
+from latentjax.recurrence.methods import make_recurrence, train_recurrence
+from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, work_flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one config; what depends on R is the mean over the values that training draws.
+    """Of one config; what depends on C and R of a step is the mean over all steps, as often as each is drawn.
 
     Attributes:
       layer_parameters: all but the tables.
@@ -53,23 +55,57 @@ def cost_of(config: ConfigDict) -> Cost:
     Args:
       config: validated.
     """
-    # Which attention and which loops it will be says nothing about what has to be computed.
-    spec = dataclasses.replace(ModelSpec(**config.model), attention="xla", loops="rolled", remat="none")
-    recurrence_spec, length = RecurrenceSpec(**config.recurrence), config.data.sequence_length
-    recurrence = make_recurrence(recurrence_spec)
+    spec, recurrence_spec, recurrence, schedule = _described(config)
+    length = config.data.sequence_length
     layers, tables = _count_parameters(LanguageModel(spec, recurrence_spec))
-    drawn = recurrence_spec.train_jacobi_iterations if recurrence.uses_jacobi_iterations else (0,)
-    train_flops = sum(train_flops_per_token(spec, recurrence, length, each) for each in drawn) / len(drawn)
+    shares = schedule.shares
+    flops = (share * work_flops_per_token(spec, recurrence_spec, length, work) for work, share in shares.items())
+    train_flops = sum(flops)
+    forwards = (
+        share * train_recurrence(recurrence_spec, work.num_latent_thoughts).token_forwards(work.num_jacobi_iterations)
+        for work, share in shares.items()
+    )
     return Cost(
         layer_parameters=layers,
         table_parameters=tables,
-        train_forwards=sum(recurrence.token_forwards(each) for each in drawn) / len(drawn),
+        train_forwards=sum(forwards),
         decode_forwards=recurrence.forwards_per_token,
         train_flops=train_flops,
         decode_flops=decode_flops_per_token(spec, recurrence, length),
         cache_bytes=cache_bytes_per_token(spec, recurrence),
         total_train_flops=train_flops * config.train.num_steps * config.data.batch_size * length,
     )
+
+
+def works_of_steps(config: ConfigDict, num_steps: int) -> list[Work]:
+    """C and R of each of the first `num_steps` training steps.
+
+    With `recurrence.train_tolerance` R is the most that a step may take: what it took, only its log knows.
+    """
+    _, _, _, schedule = _described(config)
+    return [schedule.draw(config.train.seed, step) for step in range(num_steps)]
+
+
+def flops_of_steps(config: ConfigDict, works: Sequence[Work]) -> np.ndarray:
+    """Model FLOPs of training steps, forward and backward, each with its own C and R, float64 (n,).
+
+    Args:
+      config: validated.
+      works: of each, as `works_of_steps` gives them; R may be a mean.
+    """
+    spec, recurrence_spec, _, _ = _described(config)
+    length = config.data.sequence_length
+    per_token = {work: work_flops_per_token(spec, recurrence_spec, length, work) for work in set(works)}
+    return np.array([per_token[work] for work in works], np.float64) * config.data.batch_size * length
+
+
+def _described(config: ConfigDict) -> tuple[ModelSpec, RecurrenceSpec, Recurrence, TrainSchedule]:
+    """The model, the method, and what training draws."""
+    # Which attention and which loops it will be says nothing about what has to be computed.
+    spec = dataclasses.replace(ModelSpec(**config.model), attention="xla", loops="rolled", remat="none")
+    recurrence_spec = RecurrenceSpec(**config.recurrence)
+    schedule = TrainSchedule.of(recurrence_spec, config.train.num_steps)
+    return spec, recurrence_spec, make_recurrence(recurrence_spec), schedule
 
 
 def _count_parameters(model: LanguageModel) -> tuple[int, int]:
