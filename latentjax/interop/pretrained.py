@@ -74,7 +74,7 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
 
 def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np.ndarray]:
     """The inverse of `params_from_tensors`: {Hugging Face name: array}, for params or for their gradients."""
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     tensors = {}
     for entry in name_table(spec):
         for name, parameter, row in entry.places(spec):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,11 @@ class LanguageModel(nn.Module):
 
     spec: ModelSpec
     recurrence_spec: RecurrenceSpec
+
+    if TYPE_CHECKING:
+
+        def apply(self, variables: Any, *arguments: Any, **settings: Any) -> Any:
+            """As Flax's, whose types say only that a method may return variables beside what it computes."""
 
     def setup(self) -> None:
         recurrence = make_recurrence(self.recurrence_spec)

@@ -10,7 +10,7 @@ more exact, and all of them about threefold closer.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -40,7 +40,7 @@ class Latent(Recurrence):
     backprop_passes: int
     scale_embeddings: bool
 
-    uses_jacobi_iterations = True
+    uses_jacobi_iterations: ClassVar[bool] = True
 
     @property
     def slots_per_token(self) -> int:

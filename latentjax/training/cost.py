@@ -111,7 +111,8 @@ def _described(config: ConfigDict) -> tuple[ModelSpec, RecurrenceSpec, Recurrenc
 def _count_parameters(model: LanguageModel) -> tuple[int, int]:
     """Of the layers, and of embeddings and head."""
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    sizes = {path: leaf.size for path, leaf in flatten_dict(nn.meta.unbox(variables)["params"]).items()}
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(nn.meta.unbox(variables)["params"])
+    sizes = {path: leaf.size for path, leaf in leaves.items()}
     tables = sum(size for path, size in sizes.items() if {"embedding", "position_embedding", "head"} & set(path))
     return sum(sizes.values()) - tables, tables
 

@@ -43,9 +43,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
       UserError: only some of the three are given, they make no sense, or the GPUs of this node cannot be shared out.
       OthersMissing: the others cannot be reached.
     """
-    explicit = (coordinator, num_processes, process_id)
-    if any(value is not None for value in explicit):
-        if None in explicit:
+    if any(value is not None for value in (coordinator, num_processes, process_id)):
+        if coordinator is None or num_processes is None or process_id is None:
             raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
         host, _, port = coordinator.rpartition(":")
         if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:

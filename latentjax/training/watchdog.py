@@ -33,6 +33,7 @@ class Board(Protocol):
 
     def read(self) -> dict[int, str]:
         """Returns the text of every process that has written; may block or raise likewise."""
+        ...
 
 
 class CoordinatorBoard:
