@@ -32,9 +32,7 @@ class Drawing:
             f'<rect width="{width}" height="{height}" rx="8" fill="{PANEL}" stroke="{LINE}" stroke-width="0.5"/>',
         ]
 
-    def text(
-        self, x: float, y: float, words: str, *, anchor: str = "middle", colour: str = INK, size: int = 14
-    ) -> None:
+    def text(self, x: float, y: float, words: str, anchor: str = "middle", colour: str = INK, size: int = 14) -> None:
         self.elements.append(
             f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{words}</text>'
         )
