@@ -1,15 +1,21 @@
-"""Draws the pictures of docs/method.md: slots, passes, and how fast thoughts settle (computed here, on a CPU).
+"""Draws the pictures of docs/method.md: slots, passes, and how fast thoughts settle, which it measures.
 
-python docs/method_figures.py
+python docs/method_figures.py --run runs/quickstart
 """
 
+import argparse
+import dataclasses
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from latentjax import config as config_lib
 from latentjax.models.spec import ModelSpec
+from latentjax.opening import open_model
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.language_model import LanguageModel
 
@@ -122,55 +128,63 @@ def passes() -> None:
     drawing.save("method_passes.svg")
 
 
-def residuals(seed: int, num_passes: int = 16) -> np.ndarray:
-    """The thought residual of every pass: pile_70m as initialised, a smaller vocabulary, random tokens."""
-    config = config_lib.load(str(DOCS.parent / "configs" / "pile_70m.py"))
-    config.model.update(dtype="float32", attention="xla", loops="rolled", remat="none", vocab_size=1024)
+def residuals(model: LanguageModel, params: Any, tokens_BT: np.ndarray, num_passes: int = 16) -> np.ndarray:
+    """The thought residual of every refinement pass, in float32."""
+    model = model.clone(spec=dataclasses.replace(model.spec, dtype="float32", attention="xla", loops="rolled"))
+    settle = jax.jit(partial(model.apply, num_jacobi_iterations=num_passes, method="hidden"))
+    return np.asarray(settle({"params": params}, tokens_BT)[1])
+
+
+def initialised(recipe: str) -> tuple[LanguageModel, Any]:
+    """A recipe's model with random weights."""
+    config = config_lib.load(str(DOCS.parent / "configs" / recipe))
+    config.model.update(attention="xla", loops="rolled")
     model = LanguageModel(ModelSpec(**config.model), RecurrenceSpec(**config.recurrence))
-    tokens_BT = jax.random.randint(jax.random.key(seed), (2, 128), 0, 1024)
-    variables = jax.jit(model.init)(jax.random.key(seed + 1), tokens_BT[:, :1])
-    variables = jax.tree.map(lambda leaf: leaf.value, variables, is_leaf=lambda leaf: hasattr(leaf, "names"))
-
-    @jax.jit
-    def settle(variables, tokens_BT: jax.Array) -> jax.Array:
-        return model.apply(variables, tokens_BT, num_jacobi_iterations=num_passes, method="hidden")[1]
-
-    return np.asarray(settle(variables, tokens_BT))
+    variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32)))
+    return model, variables["params"]
 
 
-def settling() -> None:
-    """Residual by pass, measured, with the line of a threefold fall beside it."""
-    curves = [residuals(seed) for seed in range(3)]
+def settling(run: Path) -> None:
+    """Residual by pass, measured: two models as initialised, and a run of the quickstart on a file it has not seen."""
+    large, quickstart, trained = initialised("pile_70m.py"), initialised("quickstart.py"), open_model(run)
+    read = np.frombuffer((DOCS.parent / "latentjax" / "config.py").read_bytes(), np.uint8)  # a byte is its token
+    text = read[: 4 * 128].reshape(4, 128).astype(np.int32)
+    curves = {
+        "pile_70m, initialised": residuals(*large, np.random.default_rng(0).integers(0, 50254, (2, 128))),
+        "quickstart, initialised": residuals(*quickstart, text),
+        "quickstart, trained": residuals(trained.model, trained.params, text),
+    }
     drawing = Drawing(680, 330, "How the thoughts settle: the relative change in each refinement pass")
-    left, top, width, height, decades = 90, 40, 540, 230, 8
+    left, top, width, height, decades = 70, 48, 420, 225, 8
 
     def place(number: int, value: float) -> tuple[float, float]:
-        return left + width * (number - 1) / (len(curves[0]) - 1), top - height * np.log10(value) / decades
+        return left + width * (number - 1) / 15, top - height * np.log10(value) / decades
 
+    drawing.text(20, 28, "relative RMS change of the thoughts in a pass", "start")
     for power in range(0, decades + 1, 2):
-        y = top + height * power / decades
-        drawing.line([(left, y), (left + width, y)], "#dcdcd6")
-        drawing.note(left - 10, y + 5, f"1e-{power}" if power else "1", "end")
-    for number in range(1, len(curves[0]) + 1, 3):
+        drawing.line([place(1, 10.0**-power), place(16, 10.0**-power)], "#dcdcd6")
+        drawing.note(left - 10, place(1, 10.0**-power)[1] + 5, f"1e-{power}" if power else "1", "end")
+    for number in range(1, 17, 3):
         drawing.note(place(number, 1)[0], top + height + 20, str(number), "middle")
-    guide = [curves[0][0] / 3**number for number in range(len(curves[0]))]
-    drawing.line([place(number, value) for number, value in enumerate(guide, start=1) if value > 1e-8], LINE, "5 4")
-    for curve, colour in zip(curves, ("#2f6db5", "#c0742a", "#3c8d4f"), strict=True):
+    drawing.note(left + width / 2, top + height + 40, "refinement pass", "middle")
+    for row, (label, curve) in enumerate(curves.items()):
+        colour = ("#8a5fb0", "#2f6db5", "#c0742a")[row]
         drawing.line([place(number, max(value, 1e-8)) for number, value in enumerate(curve, start=1)], colour)
-    drawing.text(left, 24, "thought residual: relative RMS change of the thoughts in a pass", anchor="start")
-    drawing.text(left + width / 2, top + height + 42, "refinement pass", colour=MUTED)
-    drawing.note(left + width, 24, "dashed: a third each pass", "end")
+        drawing.line([(510, 80 + 24 * row), (530, 80 + 24 * row)], colour)
+        drawing.note(536, 84 + 24 * row, label)
+        ratio = np.exp(np.log(curve[1:5] / curve[:4]).mean())
+        print(label, *(f"{value:.2e}" for value in curve), f"| ratio from pass 1 to 5: {ratio:.3f}")
     drawing.save("method_settling.svg")
-    for curve in curves:
-        ratios = curve[1:6] / curve[:5]
-        print(
-            " ".join(f"{value:.2e}" for value in curve),
-            "| ratio of passes 1 to 6:",
-            f"{np.exp(np.log(ratios).mean()):.3f}",
-        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="of configs/quickstart.py")
+    flags = parser.parse_args()
+    slots()
+    passes()
+    settling(flags.run)
 
 
 if __name__ == "__main__":
-    slots()
-    passes()
-    settling()
+    main()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-# Those that people write; README.md and its companions are pages of the site too.
-PAGES = tuple(
-    path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))) if path.is_file()
-)
+# README.md and its companions are pages of the site too.
+_AT_THE_ROOT = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
+PAGES = tuple(path for path in (*_AT_THE_ROOT, *sorted(DOCS.glob("*.md"))) if path.is_file())
 
 _FENCE = re.compile(r"^(```+)\s*(\w*)(?:\s+title=\"([^\"]*)\")?\s*$")
 

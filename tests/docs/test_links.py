@@ -9,7 +9,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 FENCED = re.compile(r"^(```+).*?^\1\s*$", re.DOTALL | re.MULTILINE)
 # Whom pages may point to; another is an address to be looked at before it is added.
-KNOWN_HOSTS = {"arxiv.org", "github.com"}
+KNOWN_HOSTS = {"arxiv.org", "github.com", "keepachangelog.com", "semver.org"}
 
 
 def text_of(path) -> str:
