@@ -373,7 +373,7 @@ def _load(flags: argparse.Namespace, overrides: Sequence[str]) -> "ConfigDict":
 
 def _with_thoughts(config: "ConfigDict", count: int) -> "ConfigDict":
     changed = config.copy_and_resolve_references()
-    changed.recurrence.num_latent_thoughts = count
+    changed.recurrence.update(num_latent_thoughts=count, train_schedule=(), handover_ratio=0.0)
     return changed
 
 

@@ -54,6 +54,9 @@ def default() -> ConfigDict:
     recurrence.num_jacobi_iterations = 3  # R in evaluation: refinement passes (latent)
     recurrence.train_jacobi_iterations = (2, 3, 4)  # training draws R from these, uniformly, at every step (latent)
     recurrence.backprop_passes = 0  # gradients flow through this many last passes (latent); 0: through every pass
+    recurrence.train_schedule = ()  # (latent) stages: ((share of num_steps from which on, C, (R, ..)), ...); (): one
+    recurrence.handover_ratio = 0.0  # share of num_steps in which a stage takes over, ever more steps being of it
+    recurrence.train_tolerance = 0.0  # (latent) refine until thoughts change by no more than this; 0.0: R times
     recurrence.scale_embeddings = True  # of latent by sqrt(2.5 D), of pause and ponder by sqrt(D); loop's always are
     recurrence.pause_token_id = -1  # the token that pause inserts; -1: the last of the vocabulary, which no text has
     recurrence.ponder_chunk_tokens = 0  # tokens per sequence whose probabilities ponder holds at once; 0: all

@@ -1,7 +1,8 @@
-"""`python -m latentjax.evaluate`: loss on held-out text, and tasks of lm-evaluation-harness.
+"""`python -m latentjax.evaluate`: loss on held-out text, tasks of lm-evaluation-harness, and how thoughts converge.
 
 python -m latentjax.evaluate --checkpoint runs/quickstart
 python -m latentjax.evaluate --checkpoint runs/mine --step 2000 --data stores/books corpus/ --exact
+python -m latentjax.evaluate --checkpoint runs/mine --diagnostics --max_jacobi_iterations 12
 python -m latentjax.evaluate --checkpoint exports/mine --tasks lambada_openai,hellaswag --num_fewshot 0 5
 python -m latentjax.evaluate --checkpoint runs/mine --tasks paper --output results.json --config.mesh.fsdp=8
 """
@@ -15,6 +16,10 @@ from pathlib import Path
 
 from latentjax.command_line import LineParser, split_overrides
 from latentjax.errors import UserError, run_verb
+
+# Of --diagnostics.
+MAX_JACOBI_ITERATIONS = 8
+DIAGNOSTIC_ROWS = 16
 
 
 def _parser() -> LineParser:
@@ -44,6 +49,18 @@ def _parser() -> LineParser:
     tasks.add_argument("--limit", type=int, help="questions of each task (default: all)")
     tasks.add_argument("--include_path", metavar="DIRECTORY", help="YAML files of tasks of your own")
     tasks.add_argument("--batch_tokens", type=int, default=4096, help="tokens of a batch of requests (default: 4096)")
+    diagnostics = parser.add_argument_group("convergence of the thoughts")
+    diagnostics.add_argument(
+        "--diagnostics",
+        action="store_true",
+        help="compare refinement passes with sequential decoding, and nothing else",
+    )
+    diagnostics.add_argument(
+        "--max_jacobi_iterations", type=int, metavar="R", help=f"0 to R of them (default: {MAX_JACOBI_ITERATIONS})"
+    )
+    diagnostics.add_argument(
+        "--rows", type=int, help=f"windows of each held-out set, spread evenly (default: {DIAGNOSTIC_ROWS})"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     return parser
@@ -58,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = split_overrides(argv)
     flags = _parser().parse_args(arguments)
     _check(flags)
+    from latentjax.diagnosing import diagnose
     from latentjax.evaluating import EvaluationRequest, evaluate
     from latentjax.training import processes
 
@@ -83,12 +101,18 @@ def main(argv: Sequence[str]) -> int:
         if processes.is_first():
             print(line, file=sys.stderr, flush=True)
 
-    result = evaluate(request, note)
+    if flags.diagnostics:
+        most = MAX_JACOBI_ITERATIONS if flags.max_jacobi_iterations is None else flags.max_jacobi_iterations
+        result = diagnose(request, most, DIAGNOSTIC_ROWS if flags.rows is None else flags.rows, note)
+    else:
+        result = evaluate(request, note)
     if not processes.is_first():
         return 0
     if flags.output is not None:
         _write(flags.output, json.dumps(result.as_json(), indent=2) + "\n")
     print(json.dumps(result.as_json(), indent=2) if flags.json else "\n".join(result.lines()))
+    if flags.diagnostics:
+        result.keep()  # last, so that results are not lost with a run that cannot be written to
     return 0
 
 
@@ -101,7 +125,15 @@ def _check(flags: argparse.Namespace) -> None:
     ]
     if len(stated) > 1:
         raise UserError(f"{' and '.join(stated)} do not go together: give one of them")
-    for name, low in (("num_jacobi_iterations", 0), ("eval_batches", 1), ("limit", 1), ("batch_tokens", 1)):
+    if flags.diagnostics:
+        others = [*stated, *(f"--{name}" for name in ("tasks", "eval_batches") if getattr(flags, name))]
+        if others:
+            raise UserError(
+                f"--diagnostics and {others[0]} do not go together: how far it goes is said by --max_jacobi_iterations "
+                "and --rows"
+            )
+    bounds = {"num_jacobi_iterations": 0, "max_jacobi_iterations": 1}
+    for name, low in (bounds | dict.fromkeys(("rows", "eval_batches", "limit", "batch_tokens"), 1)).items():
         value = getattr(flags, name)
         if value is not None and not low <= value < 2**31:
             raise UserError(f"--{name} must be at least {low}, not {value}")
@@ -109,7 +141,14 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError(f"--tolerance must be between 0 and 1, not {flags.tolerance}; for none at all give --exact")
     if any(not 0 <= shots < 1000 for shots in flags.num_fewshot or ()):
         raise UserError("--num_fewshot must be numbers from 0 to 999")
-    for name, needed in (("split", "data"), ("num_fewshot", "tasks"), ("limit", "tasks"), ("include_path", "tasks")):
+    for name, needed in (
+        ("split", "data"),
+        ("num_fewshot", "tasks"),
+        ("limit", "tasks"),
+        ("include_path", "tasks"),
+        ("max_jacobi_iterations", "diagnostics"),
+        ("rows", "diagnostics"),
+    ):
         if getattr(flags, name) is not None and not getattr(flags, needed):
             raise UserError(f"--{name} is for --{needed}, which is not given")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def evaluate(request: EvaluationRequest, note: Callable[[str], None]) -> Evaluat
         from latentjax.interop.harness import Tasks  # slow to import; and what is amiss with it is said at once
 
         tasks = Tasks(request.tasks, request.include_path)
-    config = _config(request)
+    config = evaluation_config(request)
     programs.use_compilation_cache(config.train.compilation_cache)
     opened = open_model(
         request.checkpoint,
@@ -177,7 +177,7 @@ def evaluate(request: EvaluationRequest, note: Callable[[str], None]) -> Evaluat
     return EvaluationResult(facts, **found, tasks=results)
 
 
-def _config(request: EvaluationRequest) -> ConfigDict:
+def evaluation_config(request: EvaluationRequest) -> ConfigDict:
     """The run's config, or one for a folder, on a mesh for the devices that are here; with the user's overrides."""
     of_run = is_run(request.checkpoint)
     config = read_run_config(Path(request.checkpoint).expanduser()) if of_run else config_lib.default()
@@ -198,15 +198,18 @@ def _config(request: EvaluationRequest) -> ConfigDict:
     return config
 
 
-def _on_text(
+def open_text(
     request: EvaluationRequest,
     config: ConfigDict,
     opened: OpenedModel,
     model: LanguageModel,
-    refinement: Refinement,
     note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Losses on text, in the trainer's windows and by its own program."""
+) -> Sources:
+    """Opens the text that the flags ask for, and makes the config say what it is evaluated with.
+
+    Raises:
+      UserError: there is none, it is of another tokenizer, or it or the batches do not fit the model or the mesh.
+    """
     spec, data = model.spec, config.data
     if opened.config is None:
         if not request.data:
@@ -232,6 +235,37 @@ def _on_text(
             f"{spec.vocab_size:,}"
         )
     note(f"evaluating {opened.source} on {sources.description}")
+    return sources
+
+
+def text_batches(
+    config: ConfigDict, sources: Sources, name: str, count: int, opened: OpenedModel, num_windows: int | None = None
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches of one set of text, on the devices; `count` and `num_windows` as in `data.batches.eval_batches`."""
+    data = config.data
+    rows = rows_of_process(opened.mesh, data.batch_size)
+    of_process = eval_batches(
+        sources.eval_sets[name],
+        data,
+        count,
+        eod_id=sources.eod_id,
+        bytes_per_id=sources.tokenizer.bytes_per_id,
+        rows=rows,
+        num_windows=num_windows,
+    )
+    return put_ahead(of_process, opened.mesh, data.device_prefetch, rows=rows, batch_size=data.batch_size)
+
+
+def _on_text(
+    request: EvaluationRequest,
+    config: ConfigDict,
+    opened: OpenedModel,
+    model: LanguageModel,
+    refinement: Refinement,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Losses on text, in the trainer's windows and by its own program."""
+    sources, data = open_text(request, config, opened, model, note), config.data
     counts = {
         name: min(-(-len(Windows(row, data.sequence_length)) // data.batch_size), request.eval_batches or 2**31)
         for name, row in sources.eval_sets.items()
@@ -244,7 +278,7 @@ def _on_text(
         weights.append(sums["weight_sum"])
         return sums
 
-    batches = {name: _batches(config, sources, name, count, opened) for name, count in counts.items()}
+    batches = {name: text_batches(config, sources, name, count, opened) for name, count in counts.items()}
     with (
         counting("evaluating batches", sum(counts.values()), processes.is_first()) as advance,
         programs.memory_errors("evaluating"),
@@ -259,20 +293,6 @@ def _on_text(
         "thought_residual": results.get("thought_residual"),
         "jacobi_iterations": results.get("num_jacobi_iterations"),
     }
-
-
-def _batches(config: ConfigDict, sources: Sources, name: str, count: int, opened: OpenedModel) -> Any:
-    data = config.data
-    rows = rows_of_process(opened.mesh, data.batch_size)
-    of_process = eval_batches(
-        sources.eval_sets[name],
-        data,
-        count,
-        eod_id=sources.eod_id,
-        bytes_per_id=sources.tokenizer.bytes_per_id,
-        rows=rows,
-    )
-    return put_ahead(of_process, opened.mesh, data.device_prefetch, rows=rows, batch_size=data.batch_size)
 
 
 def _losses(results: dict[str, float], of: str) -> tuple[float, float]:

@@ -53,6 +53,7 @@ _RANGES = {
     "recurrence.num_latent_thoughts": (0, 1000),
     "recurrence.num_jacobi_iterations": (0, MOST_JACOBI_ITERATIONS),
     "recurrence.pause_token_id": (-1, _LARGEST_SIZE),
+    "recurrence.handover_ratio": (0.0, 1.0),
     "model.num_kv_heads": (0, _LARGEST_SIZE),
     "model.rotary_fraction": (0.0, 1.0),
     "model.rope_theta": (1.0, _LARGEST_FLOAT),
@@ -159,12 +160,13 @@ def _check_model(model: ConfigDict) -> None:
 
 def _check_recurrence(recurrence: ConfigDict, vocab_size: int) -> None:
     choices = recurrence.train_jacobi_iterations
-    most = MOST_JACOBI_ITERATIONS
-    if not choices or not all(type(choice) is int and 0 <= choice <= most for choice in choices):
+    if not _are_iterations(choices):
         raise UserError(
-            f"recurrence.train_jacobi_iterations={shown(choices)} must be whole numbers from 0 to {most}, such as "
-            "(2, 3, 4)"
+            f"recurrence.train_jacobi_iterations={shown(choices)} must be whole numbers from 0 to "
+            f"{MOST_JACOBI_ITERATIONS}, such as (2, 3, 4)"
         )
+    _check_schedule(recurrence)
+    _check_tolerance(recurrence)
     if recurrence.method in ("loop", "ponder") and recurrence.backprop_passes:
         raise UserError(
             f"recurrence.backprop_passes={recurrence.backprop_passes}: the embeddings of {recurrence.method} learn "
@@ -175,6 +177,73 @@ def _check_recurrence(recurrence: ConfigDict, vocab_size: int) -> None:
             f"recurrence.pause_token_id={recurrence.pause_token_id} is no token of model.vocab_size={vocab_size}: "
             "lower it, or set it to -1, the last"
         )
+
+
+def _are_iterations(choices: Any) -> bool:
+    """Whether these are values of R."""
+    if not isinstance(choices, tuple) or not choices:
+        return False
+    return all(type(choice) is int and 0 <= choice <= MOST_JACOBI_ITERATIONS for choice in choices)
+
+
+def _check_schedule(recurrence: ConfigDict) -> None:
+    stages, handover = recurrence.train_schedule, recurrence.handover_ratio
+    key = f"recurrence.train_schedule={shown(stages)}"
+    if stages and recurrence.method != "latent":
+        raise UserError(f"{key}: recurrence.method={recurrence.method} has no stages, only latent has; set it to ()")
+    for stage in stages:
+        if not isinstance(stage, tuple) or len(stage) != 3 or type(stage[0]) not in (int, float):
+            raise UserError(
+                f"{key} must be stages (share of num_steps, C, (R, ..)), such as ((0.0, 0, (0,)), (0.5, 1, (2, 3)))"
+            )
+        _, thoughts, choices = stage
+        if type(thoughts) is not int or not 0 <= thoughts <= recurrence.num_latent_thoughts:
+            raise UserError(
+                f"{key}: the C of a stage is {shown(thoughts)}, but it must be a whole number from 0 to "
+                f"recurrence.num_latent_thoughts={recurrence.num_latent_thoughts}"
+            )
+        if not _are_iterations(choices):
+            raise UserError(
+                f"{key}: the values of R of a stage are {shown(choices)}, but they must be whole numbers from 0 to "
+                f"{MOST_JACOBI_ITERATIONS}, such as (2, 3)"
+            )
+        if thoughts == 0 and set(choices) != {0}:
+            raise UserError(f"{key}: a stage with C = 0 has no thoughts to refine; its values of R must be (0,)")
+    shares = [share for share, _, _ in stages]
+    if shares and (shares[0] != 0 or any(not one < other for one, other in zip(shares, [*shares[1:], 1.0]))):
+        raise UserError(f"{key}: the shares at which stages begin must rise from 0.0, and be below 1.0")
+    lengths = [other - one for one, other in zip(shares[1:], [*shares[2:], 1.0])]
+    if handover and not lengths:
+        raise UserError(
+            f"recurrence.handover_ratio={handover}, but recurrence.train_schedule has no second stage to hand over to: "
+            "add one, or set it to 0.0"
+        )
+    if lengths and handover > min(lengths) + 1e-9:
+        raise UserError(
+            f"recurrence.handover_ratio={handover} is longer than a stage of {key}, which takes {min(lengths):.3g} of "
+            "num_steps: lower it"
+        )
+
+
+def _check_tolerance(recurrence: ConfigDict) -> None:
+    if not recurrence.train_tolerance:
+        return
+    key, passes = f"recurrence.train_tolerance={recurrence.train_tolerance}", recurrence.backprop_passes
+    if recurrence.method != "latent":
+        raise UserError(f"{key}: recurrence.method={recurrence.method} has nothing to refine; set it to 0.0")
+    if not passes:
+        raise UserError(
+            f"{key}: gradients flow through a fixed number of last passes then; set recurrence.backprop_passes to 1 or "
+            "more"
+        )
+    stages = recurrence.train_schedule or ((0.0, recurrence.num_latent_thoughts, recurrence.train_jacobi_iterations),)
+    for _, thoughts, choices in stages:
+        if thoughts and (len(set(choices)) > 1 or choices[0] < passes - 1):
+            name = "train_schedule" if recurrence.train_schedule else "train_jacobi_iterations"
+            raise UserError(
+                f"{key} finds R at every step, so that recurrence.{name} must say, in place of {shown(choices)}, the "
+                f"most it may be: one number, at least recurrence.backprop_passes - 1 = {passes - 1}"
+            )
 
 
 def _check_sources(data: ConfigDict) -> None:

@@ -62,6 +62,8 @@ OUT_OF_RANGE = (
     | {key: ("-1", "-2", largest) for key, largest in _LIMITED.items()}
     | {
         "recurrence.pause_token_id": ("-2", "257", HUGE),  # of 257 rows
+        "recurrence.handover_ratio": ("-0.1", "1.1", INF),
+        "recurrence.train_tolerance": ("-0.1", "1e39", INF),
         "model.rotary_fraction": ("-0.25", "1.5", INF),
         "model.rope_theta": ("0", "-1e4", "1e39", INF),
         "model.norm_epsilon": ("0", "-1e-5", "2", INF),
@@ -85,6 +87,13 @@ _WRONG_TYPES = {
 }
 _WRONG_TUPLES = {
     "recurrence.train_jacobi_iterations": ["", "()", "two", "(2, -1)", "2.5", "True", "(2, None)", "((2,),)", HUGE],
+    "recurrence.train_schedule": [
+        "0.5", "latent", "(0.0, 1, (2,))", "((0.0, 1),)", "((0.0, 1, 2),)", "((0.0, 1, ()),)", "((0.0, 2, (1,)),)",
+        "((0.0, -1, (0,)),)", "((0.0, True, (1,)),)", "((0.0, 1, (2, -1)),)", "((0.0, 1, (2.5,)),)",
+        "(('0', 1, (2,)),)", "((0.0, 0, (1,)),)", "((0.1, 1, (2,)),)", "((0.0, 1, (2,)), (1.0, 1, (3,)))",
+        "((0.0, None, (0,)),)",
+        "((0.0, 0, (0,)), (0.5, 1, (1,)), (0.5, 1, (2,)))", "((0.0, 0, (0,)), (1e999, 1, (1,)))", "((None, 1, (2,)),)",
+    ],
     "data.mixture": [
         "stores/a", "('a', 0.5)", "(('a', '1'),)", "(('a', 0),)", "(('a', -1),)", "(('a', 1e999),)", "(('a', True),)",
         "(('', 1),)", "(('a', 1, 2),)", "(('a',),)", "3", "((1, 'a'),)", "(('a', None),)", f"(('a', {'9' * 400}),)",
@@ -214,6 +223,22 @@ def contradiction(draw: random.Random, directory: Path) -> Mistake:
             (["data.path=a\0b"], ["data.path"]),
             ([f"recurrence.method={draw.choice(['loop', 'ponder'])}", f"recurrence.backprop_passes={odd}"],
              ["recurrence.backprop_passes"]),
+            ([f"recurrence.method={draw.choice(['loop', 'ponder', 'vanilla', 'pause'])}",
+              "recurrence.train_schedule=((0.0, 1, (2,)),)"], ["recurrence.train_schedule"]),
+            (["recurrence.train_tolerance=0.1"], ["recurrence.backprop_passes"]),
+            (["recurrence.train_tolerance=0.1", "recurrence.backprop_passes=2"],
+             ["recurrence.train_jacobi_iterations"]),
+            (["recurrence.train_tolerance=0.1", "recurrence.backprop_passes=4",
+              f"recurrence.train_jacobi_iterations={draw.randrange(3)}"], ["recurrence.train_jacobi_iterations"]),
+            (["recurrence.train_tolerance=0.1", "recurrence.backprop_passes=1",
+              "recurrence.train_schedule=((0.0, 1, (1, 2)),)"], ["recurrence.train_schedule"]),
+            ([f"recurrence.method={draw.choice(['loop', 'ponder', 'vanilla', 'pause'])}",
+              "recurrence.train_tolerance=0.1"], ["recurrence.train_tolerance"]),
+            (["recurrence.handover_ratio=0.1"], ["recurrence.train_schedule"]),
+            (["recurrence.train_schedule=((0.0, 0, (0,)), (0.9, 1, (2,)))", "recurrence.handover_ratio=0.2"],
+             ["recurrence.handover_ratio"]),
+            (["recurrence.train_schedule=((0.0, 1, (2,)),)", "recurrence.num_latent_thoughts=0"],
+             ["recurrence.train_schedule"]),
             (["recurrence.method=pause"], ["recurrence.pause_token_id"]),  # the last row is the tokenizer's
             (["train.sample_prompts=\udcff"], ["train.sample_prompts"]),
             ([f"train.tasks_every_steps={odd}"], ["train.eval_tasks"]),

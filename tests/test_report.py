@@ -57,4 +57,4 @@ def test_methods_of_the_comparison_cost_the_same_in_decoding(monkeypatch, capsys
         # The same models but for the depth, and what they are trained on.
         assert len({cost["layer_parameters"] for cost in costs[1:]} | {vanilla["layer_parameters"]}) == 1
         tokens = {round(cost["total_train_flops"] / cost["train_flops"]) for cost in [*costs, vanilla]}
-        assert tokens == {{"small-": 2000 * 8 * 128}.get(size, 50_000 * 256 * 2048)}
+        assert tokens == {{"small-": 1000 * 8 * 128}.get(size, 50_000 * 256 * 2048)}

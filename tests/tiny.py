@@ -68,6 +68,9 @@ def language_model(
         scale_embeddings=True,
         pause_token_id=-1,
         ponder_chunk_tokens=ponder_chunk_tokens,
+        train_schedule=(),
+        handover_ratio=0.0,
+        train_tolerance=0.0,
     )
     return LanguageModel(model_spec(architecture, **changes), recurrence_spec)
 

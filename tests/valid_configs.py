@@ -73,12 +73,27 @@ def _model(draw: random.Random) -> dict[str, Any]:
 
 def _recurrence(draw: random.Random) -> dict[str, Any]:
     method = draw.choice(["vanilla", "latent", "latent", "ponder", "loop", "pause"])
+    thoughts = draw.choice([0, 1, 2, 4])
+    schedules = [
+        ((0, thoughts, (0,)),),
+        ((0.0, 0, (0,)), (0.25, thoughts, (0,)), (0.75, thoughts // 2, (0, 0))),
+    ]
+    if thoughts:
+        schedules.append(((0.0, 0, (0,)), (0.5, 1, (0, 1)), (0.8, thoughts, (2, 3, 4))))
+    schedule = draw.choice([(), *schedules]) if method == "latent" else ()
+    drawn = draw.choice([(0,), (2, 3, 4), (2, 2, 3), (5,), (4, 1)])
+    trained = 0 if method in ("ponder", "loop") else draw.choice([0, 1, 3, 99])
+    # What a tolerance needs: one number, and gradients through no more passes than there are.
+    tolerates = method == "latent" and drawn == (5,) and trained in (1, 3) and not schedule
     knobs = {
         "method": method,  # vanilla passes over how many thoughts there would be
-        "num_latent_thoughts": draw.choice([0, 1, 2, 4]),
+        "num_latent_thoughts": thoughts,
+        "train_schedule": schedule,
+        "handover_ratio": draw.choice([0.0, 1e-9, 0.2]) if len(schedule) > 1 else 0.0,
         "num_jacobi_iterations": draw.choice([0, 3, 20]),
-        "train_jacobi_iterations": draw.choice([(0,), (2, 3, 4), (2, 2, 3), (5,), (4, 1)]),
-        "backprop_passes": 0 if method in ("ponder", "loop") else draw.choice([0, 1, 3, 99]),
+        "train_jacobi_iterations": drawn,
+        "backprop_passes": trained,
+        "train_tolerance": draw.choice([0.0, 1e-9, 0.1, 1e9]) if tolerates else 0.0,
         "scale_embeddings": draw.random() < 0.5,
         "pause_token_id": draw.choice([0, 256] if method == "pause" else [-1, 0, 256]),
         "ponder_chunk_tokens": draw.choice([0, 1, 3, 10**6]),

@@ -58,6 +58,7 @@ def eval_batches(
     eod_id: int,
     bytes_per_id: np.ndarray,
     rows: np.ndarray | None = None,
+    num_windows: int | None = None,
 ) -> Iterator[Batch]:
     """Iterates over this process's rows of up to `num_batches` batches of a row: the same for every run.
 
@@ -71,6 +72,7 @@ def eval_batches(
       eod_id: the end-of-document id.
       bytes_per_id: (V,) the bytes of text that each id stands for.
       rows: (n,) int64, the rows of the global batch to read; None: all B.
+      num_windows: at most so many, where the batches are not to be full; None: as many as they hold.
 
     Yields:
       what `train_batches` does, and target_bytes (n, T) int32: the bytes of text that each target stands for, 0
@@ -80,7 +82,9 @@ def eval_batches(
       UserError: as `train_batches`.
     """
     rows = _all_rows(data) if rows is None else rows
-    return _reported(_read_in_threads(EvalBatches(row, data, num_batches, eod_id, bytes_per_id, rows), data), data)
+    held = num_batches * data.batch_size
+    num_windows = held if num_windows is None else min(held, num_windows)
+    return _reported(_read_in_threads(EvalBatches(row, data, num_windows, eod_id, bytes_per_id, rows), data), data)
 
 
 def _all_rows(data: ConfigDict) -> np.ndarray:

@@ -136,10 +136,10 @@ class EvalBatches:
     """Some rows of the batches of an evaluation, as a random-access source."""
 
     def __init__(
-        self, row: TokenRow, data: ConfigDict, num_batches: int, eod_id: int, bytes_per_id: np.ndarray, rows: np.ndarray
+        self, row: TokenRow, data: ConfigDict, num_windows: int, eod_id: int, bytes_per_id: np.ndarray, rows: np.ndarray
     ):
         self._windows = Windows(row, data.sequence_length)
-        self._count = min(num_batches * data.batch_size, len(self._windows))
+        self._count = min(num_windows, len(self._windows))
         self._batch_size, self._rows = data.batch_size, rows
         self._eod_id, self._mask_documents = eod_id, data.mask_documents
         self._leaves_out = data.on_corrupt_block == "skip"

@@ -88,6 +88,9 @@ def _recurrence_spec(config: dict[str, Any], vocab_size: int, source: str) -> Re
         scale_embeddings=_flag(config, "scale_embeds", source, True),
         pause_token_id=pause_token_id,
         ponder_chunk_tokens=0,
+        train_schedule=(),
+        handover_ratio=0.0,
+        train_tolerance=0.0,
     )
 
 

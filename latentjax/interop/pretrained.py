@@ -85,6 +85,6 @@ def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np
 
 def _abstract_params(spec: ModelSpec) -> Any:
     """Shapes and dtypes of the parameters, all layers but the last stacked; without shardings."""
-    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False, -1, 0)
+    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False, -1, 0, (), 0.0, 0.0)
     variables = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return nn.meta.unbox(variables)["params"]

@@ -2,6 +2,8 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -24,6 +26,9 @@ class RecurrenceSpec:
     scale_embeddings: bool
     pause_token_id: int
     ponder_chunk_tokens: int
+    train_schedule: tuple[tuple[float, int, tuple[int, ...]], ...]
+    handover_ratio: float
+    train_tolerance: float
 
 
 def rounding_tolerance(dtype: str) -> float:
@@ -92,6 +97,11 @@ class Recurrence(abc.ABC):
         """Products with a (D, V) matrix per token of a forward or in decoding, besides the one that makes logits."""
         return 0
 
+    def with_thoughts(self, num_latent_thoughts: int) -> "Recurrence":
+        """The same with so many thoughts per token, for a part of training; here itself: only `latent` has stages."""
+        del num_latent_thoughts
+        return self
+
     def token_forwards(self, num_jacobi_iterations: int) -> int:
         """Slots through the backbone per token in one training forward: the method's cost next to vanilla's 1."""
         return sum(self.passes(num_jacobi_iterations))
@@ -124,6 +134,33 @@ class Recurrence(abc.ABC):
           RMS change of the thoughts in that pass; None where the method has no refinement passes.
         """
 
+    def forward_settled(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        tolerance: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `forward`, with as many refinement passes as the thoughts need, but R at most; to be differentiated.
+
+        Args:
+          vocabulary: as for `forward`.
+          num_jacobi_iterations: R, static.
+          tolerance: passes go on until the thoughts' relative change (RMS, over all of them) is no more than this.
+
+        Returns:
+          What the head reads, (B, T, D), and the number of refinement passes, int32.
+
+        Raises:
+          ValueError: the method has no refinement passes.
+        """
+        del backbone, x_BTD, positions_BT, segment_ids_BT, vocabulary, num_jacobi_iterations, tolerance
+        raise ValueError(f"{type(self).__name__} has no refinement passes")
+
     def forward_until(
         self,
         backbone: nn.Module,
@@ -152,6 +189,34 @@ class Recurrence(abc.ABC):
             backbone, x_BTD, positions_BT, segment_ids_BT, vocabulary=vocabulary, num_jacobi_iterations=0
         )
         return hidden_BTD, jnp.zeros(x_BTD.shape[:1], jnp.float32), jnp.zeros((), jnp.int32)
+
+    def forward_each(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        read: Callable[[jax.Array], Any],
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """What `forward` computes for 0, 1 .. R refinement passes, at once; not to be differentiated.
+
+        Args:
+          vocabulary: as for `forward`.
+          num_jacobi_iterations: R, static.
+          read: from what the head reads, (B, T, D), to arrays that are to be known of it.
+
+        Returns:
+          What `read` gave, its arrays stacked as (R + 1, ...); and of refinement passes 1 .. R, for each row, the sums
+          of squares of the thoughts' change and of the new thoughts: float32 (R, B) each.
+
+        Raises:
+          ValueError: the method has no refinement passes.
+        """
+        del backbone, x_BTD, positions_BT, segment_ids_BT, vocabulary, num_jacobi_iterations, read
+        raise ValueError(f"{type(self).__name__} has no refinement passes")
 
     @abc.abstractmethod
     def decode(
@@ -197,16 +262,41 @@ class Recurrence(abc.ABC):
             nothing changes.
         """
         del tolerance
+        hidden_BTD, cache = self.decode_each(
+            backbone, x_BTD, positions_BT, segment_ids_BT, cache, vocabulary=vocabulary
+        )
+        return prefilled_at_once(hidden_BTD[:, -1], cache)
+
+    def decode_each(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KeyValueCache,
+        *,
+        vocabulary: Vocabulary,
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """Feeds tokens that are known one after another, as `decode` does.
+
+        Args:
+          x_BTD: scaled token embeddings; positions_BT: int32, B may be 1; segment_ids_BT: int32 or None.
+          cache: with room for T more tokens.
+          vocabulary: as in `forward`.
+
+        Returns:
+          What the head reads behind each token, (B, T, D), and the grown cache.
+        """
         positions_BT = jnp.broadcast_to(positions_BT, x_BTD.shape[:2])
 
-        def feed(backbone: nn.Module, carry: tuple, token: tuple) -> tuple[tuple, None]:
+        def feed(backbone: nn.Module, cache: KeyValueCache, token: tuple) -> tuple[KeyValueCache, jax.Array]:
             x_BD, position_B, segment_id_B = token
-            return self.decode(backbone, x_BD, position_B, segment_id_B, carry[1], vocabulary=vocabulary), None
+            hidden_BD, cache = self.decode(backbone, x_BD, position_B, segment_id_B, cache, vocabulary=vocabulary)
+            return cache, hidden_BD
 
-        scanned = nn.scan(feed, variable_broadcast="params", split_rngs={"params": False}, in_axes=1)
-        start = (jnp.zeros_like(x_BTD[:, 0], backbone.spec.compute_dtype), cache)
-        (hidden_BD, cache), _ = scanned(backbone, start, (x_BTD, positions_BT, segment_ids_BT))
-        return prefilled_at_once(hidden_BD, cache)
+        scanned = nn.scan(feed, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+        cache, hidden_BTD = scanned(backbone, cache, (x_BTD, positions_BT, segment_ids_BT))
+        return hidden_BTD, cache
 
 
 def prefilled_at_once(hidden_BD: jax.Array, cache: KeyValueCache) -> Prefilled:

@@ -47,11 +47,19 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, choice: Choice) -> jax.Array:
     """
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < choice.num_ids, logits_BV, -jnp.inf)
     if choice.kind == GREEDY:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _first_largest(logits_BV)
     logits_BV = logits_BV / choice.temperature
     if choice.kind == DRAWN_FROM_TOP:
         logits_BV = keep_top(logits_BV, choice.top_k, choice.top_p)
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
+
+
+def _first_largest(logits_BV: jax.Array) -> jax.Array:
+    """What argmax gives, as two reductions of one operand: a CPU does many lanes of those at a time."""
+    ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
+    is_largest_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    # Where a logit is not a number none is the largest: the last id stands in for it.
+    return jnp.min(jnp.where(is_largest_BV, ids_V, ids_V[-1]), axis=-1)
 
 
 def keep_top(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

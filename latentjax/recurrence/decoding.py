@@ -188,7 +188,7 @@ start = jax.jit(_start, static_argnames=("model", "capacity", "token_by_token"))
 extend = jax.jit(_extend, static_argnames=("model", "num_tokens"), donate_argnames="state")
 
 
-@partial(jax.jit, static_argnames=("model", "capacity"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "capacity"))
 def grow(model: LanguageModel, state: DecodingState, capacity: int) -> DecodingState:
     """The same state, in whose cache there is room for `capacity` tokens."""
     slots = model.apply({}, method="cache_slots", num_tokens=capacity)

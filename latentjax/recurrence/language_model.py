@@ -1,6 +1,8 @@
 """The whole language model: embedding, a backbone applied by a recurrence, head."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -60,10 +62,15 @@ class LanguageModel(nn.Module):
         tokens_BT: jax.Array,
         *,
         num_jacobi_iterations: int | None = None,
+        num_latent_thoughts: int | None = None,
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """What the head reads, (B, T, D), and the thought residuals (R,) or None; arguments as in `__call__`."""
+        """What the head reads, (B, T, D), and the thought residuals (R,) or None; arguments as in `__call__`.
+
+        Args:
+          num_latent_thoughts: C of this forward, static; None: the model's own.
+        """
         if num_jacobi_iterations is None:
             num_jacobi_iterations = self.recurrence_spec.num_jacobi_iterations
         if positions_BT is None:
@@ -73,13 +80,44 @@ class LanguageModel(nn.Module):
         if self.is_initializing():
             # Parameters are the backbone's: one plain pass makes them all, whatever the method does with it.
             return self.backbone(x_BTD, positions_BT, segment_ids_BT)[0], None
-        return self.recurrence.forward(
+        recurrence = self.recurrence
+        if num_latent_thoughts is not None:
+            recurrence = recurrence.with_thoughts(num_latent_thoughts)
+        return recurrence.forward(
             self.backbone,
             x_BTD,
             positions_BT,
             segment_ids_BT,
             vocabulary=vocabulary,
             num_jacobi_iterations=num_jacobi_iterations,
+        )
+
+    def hidden_settled(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        num_jacobi_iterations: int,
+        num_latent_thoughts: int,
+        tolerance: float,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `hidden`, with as many refinement passes as the thoughts need to settle; see `Recurrence.forward_settled`.
+
+        Returns:
+          (B, T, D), and the number of refinement passes, int32.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        vocabulary = self.vocabulary()
+        return self.recurrence.with_thoughts(num_latent_thoughts).forward_settled(
+            self.backbone,
+            vocabulary.embed(tokens_BT),
+            positions_BT,
+            segment_ids_BT,
+            vocabulary=vocabulary,
+            num_jacobi_iterations=num_jacobi_iterations,
+            tolerance=tolerance,
         )
 
     def vocabulary(self) -> Vocabulary:
@@ -122,6 +160,54 @@ class LanguageModel(nn.Module):
             tolerance=tolerance,
             counted_BT=counted_BT,
         )
+
+    def hidden_each(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        num_jacobi_iterations: int,
+        read: Callable[[jax.Array], Any],
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """What `hidden` gives for 0, 1 .. R refinement passes, at once; see `Recurrence.forward_each`.
+
+        Returns:
+          What `read` gave of each, stacked as (R + 1, ...); and the squares of the thoughts' changes and sizes, (R, B).
+        """
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        vocabulary = self.vocabulary()
+        return self.recurrence.forward_each(
+            self.backbone,
+            vocabulary.embed(tokens_BT),
+            positions_BT,
+            segment_ids_BT,
+            vocabulary=vocabulary,
+            num_jacobi_iterations=num_jacobi_iterations,
+            read=read,
+        )
+
+    def hidden_decoded(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head reads in sequential decoding of these tokens, (B, T, D); arguments as in `__call__`."""
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        vocabulary = self.vocabulary()
+        hidden_BTD, _ = self.recurrence.decode_each(
+            self.backbone,
+            vocabulary.embed(tokens_BT),
+            positions_BT,
+            segment_ids_BT,
+            self.empty_cache(*tokens_BT.shape),
+            vocabulary=vocabulary,
+        )
+        return hidden_BTD
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """The head: (..., T, D) to float32 (..., T, V)."""

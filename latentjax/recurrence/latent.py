@@ -8,6 +8,9 @@ more exact, and all of them about threefold closer.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,7 +28,8 @@ class Latent(Recurrence):
     """C latent thoughts per token.
 
     Attributes:
-      num_latent_thoughts: C >= 1 (C = 0 is `Vanilla`).
+      num_latent_thoughts: C; 0 for a part of training only, with R = 0: one pass, whose hidden states at the tokens the
+        head reads (a model that never has thoughts is `Vanilla`).
       backprop_passes: gradients flow through this many of the last passes only; 0: through all.
       scale_embeddings: give token embeddings unit RMS at initialisation, which thoughts have after the final norm.
     """
@@ -40,6 +44,10 @@ class Latent(Recurrence):
     def slots_per_token(self) -> int:
         """C + 1."""
         return self.num_latent_thoughts + 1
+
+    def with_thoughts(self, num_latent_thoughts: int) -> "Latent":
+        """With another C, and all else the same, the scale of embeddings too."""
+        return dataclasses.replace(self, num_latent_thoughts=num_latent_thoughts)
 
     def embedding_scale(self, hidden_size: int) -> float:
         """sqrt(2.5 D): the inverse of the embedding's standard deviation at initialisation."""
@@ -88,26 +96,54 @@ class Latent(Recurrence):
             # The pass that appends thought k + 1 also refines those before it.
             z_BQD = apply_pass(backbone, z_BQD, keep=k >= first_kept)
 
-        def refine(backbone: nn.Module, z_BQD: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
-            new_BQD = apply_pass(backbone, z_BQD, keep, stop=num_thoughts)
-            return new_BQD, thought_residual(new_BQD, z_BQD)
-
         residuals = [jnp.zeros((0,), jnp.float32)]
         num_free = min(max(first_kept - num_thoughts, 0), num_jacobi_iterations)
         for keep, length in ((False, num_free), (True, num_jacobi_iterations - num_free)):
-            if length == 0:
-                continue
-            scanned = nn.scan(
-                lambda backbone, z_BQD, _, keep=keep: refine(backbone, z_BQD, keep),
-                variable_broadcast="params",
-                split_rngs={"params": False},
-                length=length,
-                unroll=length if backbone.spec.unrolls else 1,
-            )
-            z_BQD, residual_R = scanned(backbone, z_BQD, None)
+            z_BQD, residual_R = _refine(backbone, z_BQD, partial(apply_pass, keep=keep, stop=num_thoughts), length)
             residuals.append(residual_R)
 
         return apply_pass(backbone, z_BQD, keep=True, start=num_thoughts), jnp.concatenate(residuals)
+
+    def forward_settled(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        tolerance: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Passes without gradients until the thoughts have settled, in a loop; then `backprop_passes` with them."""
+        num_thoughts, num_trained = self.num_latent_thoughts, self.backprop_passes - 1
+        ids = positions_BT, segment_ids_BT
+
+        def settle(backbone: nn.Module, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            z_BQD = self._grow(backbone, x_BTD, *ids)
+
+            def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
+                _, residual, num_passes = carry
+                return (residual > tolerance) & (num_passes < num_jacobi_iterations - num_trained)
+
+            def refine(backbone: nn.Module, carry: tuple) -> tuple:
+                z_BQD, _, num_passes = carry
+                new_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids, stop=num_thoughts)
+                return new_BQD, thought_residual(new_BQD, z_BQD), num_passes + 1
+
+            start = (z_BQD, jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+            loop = partial(nn.while_loop, broadcast_variables="params", split_rngs={"params": False})
+            return loop(is_unsettled, refine, backbone, start)
+
+        # The parameters of the loop are constants: how often it runs is not known when gradients are traced.
+        settle = nn.map_variables(settle, "params", trans_in_fn=jax.lax.stop_gradient)
+        z_BQD, _, num_passes = settle(backbone, jax.lax.stop_gradient(x_BTD))
+
+        def apply_pass(backbone: nn.Module, z_BQD: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
+            return _apply_pass(backbone, x_BTD, z_BQD, *ids, start, stop)[0]
+
+        z_BQD, _ = _refine(backbone, jax.lax.stop_gradient(z_BQD), partial(apply_pass, stop=num_thoughts), num_trained)
+        return apply_pass(backbone, z_BQD, start=num_thoughts), num_passes + num_trained
 
     def forward_until(
         self,
@@ -127,6 +163,40 @@ class Latent(Recurrence):
         start = self.num_latent_thoughts
         hidden_BTD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start)
         return hidden_BTD, residual_B, num_passes
+
+    def forward_each(
+        self,
+        backbone: nn.Module,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        *,
+        vocabulary: Vocabulary,
+        num_jacobi_iterations: int,
+        read: Callable[[jax.Array], Any],
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """One scan of R + 1 passes, of which every slot is kept.
+
+        A refinement pass is the final pass too, for the thoughts that enter it: its prediction slots are what R would
+        have been enough for, had it been the last.
+        """
+        num_thoughts = self.num_latent_thoughts
+        z_BQD = self._grow(backbone, x_BTD, positions_BT, segment_ids_BT)
+
+        def refine(backbone: nn.Module, z_BQD: jax.Array, _: None) -> tuple[jax.Array, tuple]:
+            h_BSD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
+            *thoughts, hidden_BTD = split(h_BSD, num_thoughts + 1)
+            new_BQD = interleave(thoughts)
+            return new_BQD, (read(hidden_BTD), *_row_squares(new_BQD, z_BQD, None))
+
+        scanned = nn.scan(
+            refine,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=num_jacobi_iterations + 1,
+        )
+        _, (readings, change_RB, size_RB) = scanned(backbone, z_BQD, None)
+        return readings, change_RB[:-1], size_RB[:-1]  # the last pass's new thoughts have not been read with
 
     def decode(
         self,
@@ -177,6 +247,15 @@ class Latent(Recurrence):
         h_BTD, cache = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start, cache=cache)
         return Prefilled(h_BTD[:, -1], cache.replace(is_prefill=False), residual_B, num_passes)
 
+    def _grow(
+        self, backbone: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> jax.Array:
+        """Growing passes: the thoughts before any refinement, (B, C T, D)."""
+        z_BQD = None
+        for _ in range(self.num_latent_thoughts):
+            z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
+        return z_BQD
+
     def _settle(
         self,
         backbone: nn.Module,
@@ -193,9 +272,7 @@ class Latent(Recurrence):
         """
         num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
         ids = positions_BT, segment_ids_BT
-        z_BQD = None
-        for _ in range(num_thoughts):
-            z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids)
+        z_BQD = self._grow(backbone, x_BTD, *ids)
         counted_BQ1 = None if counted_BT is None else repeat_ids(counted_BT, num_thoughts)[..., None]
 
         def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
@@ -236,6 +313,27 @@ def _apply_pass(
     return backbone(x_BSD, *ids, cache, kept=SlotRange(slots, start, slots if stop is None else stop))
 
 
+def _refine(
+    backbone: nn.Module, z_BQD: jax.Array, apply_pass: Callable[[nn.Module, jax.Array], jax.Array], length: int
+) -> tuple[jax.Array, jax.Array]:
+    """So many refinement passes as one scan: the thoughts, and the thought residual of each, float32 (length,)."""
+    if length == 0:
+        return z_BQD, jnp.zeros((0,), jnp.float32)
+
+    def refine(backbone: nn.Module, z_BQD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        new_BQD = apply_pass(backbone, z_BQD)
+        return new_BQD, thought_residual(new_BQD, z_BQD)
+
+    scanned = nn.scan(
+        refine,
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        length=length,
+        unroll=length if backbone.spec.unrolls else 1,
+    )
+    return scanned(backbone, z_BQD, None)
+
+
 def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
     """The RMS of the change over the RMS of the new thoughts: a float32 scalar, 0 at the fixed point."""
     new_BQD, old_BQD = (jax.lax.stop_gradient(z).astype(jnp.float32) for z in (new_BQD, old_BQD))
@@ -244,7 +342,13 @@ def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:
 
 def _row_residuals(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> jax.Array:
     """As `thought_residual`, for each row, over the slots that count: float32 (B,)."""
+    change_B, size_B = _row_squares(new_BQD, old_BQD, counted_BQ1)
+    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
+
+
+def _row_squares(new_BQD: jax.Array, old_BQD: jax.Array, counted_BQ1: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Each row's sums of squares of the change and of the new thoughts, over the slots that count: float32 (B,)."""
     weight = 1.0 if counted_BQ1 is None else counted_BQ1.astype(jnp.float32)
     new_BQD, old_BQD = (z.astype(jnp.float32) for z in (new_BQD, old_BQD))
     change_B, size_B = (jnp.sum(jnp.square(z) * weight, axis=(1, 2)) for z in (new_BQD - old_BQD, new_BQD))
-    return jnp.sqrt(change_B / jnp.maximum(size_B, jnp.finfo(jnp.float32).tiny))
+    return change_B, size_B

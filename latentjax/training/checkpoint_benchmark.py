@@ -14,7 +14,7 @@ from latentjax.errors import UserError
 from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
-from latentjax.training.programs import compile_lowered, distinct_iterations, lower_train_step, make_model
+from latentjax.training.programs import compile_lowered, lower_train_step, make_model, schedule_of
 from latentjax.training.state import abstract_state, create_state
 from latentjax.training.step_benchmark import device_batch, time_steps
 
@@ -95,9 +95,9 @@ def benchmark_saving(config: ConfigDict, directory: Path, every: int, rounds: in
     settings = config.checkpoint.copy_and_resolve_references()
     settings.update(max_to_keep=1, keep_every_steps=0, every_minutes=0.0)
     checkpoints = Checkpoints(epath.Path(directory.absolute()), settings, abstract)
-    iterations = distinct_iterations(model)[0]
-    progress.note(f"R={iterations}: compiling")
-    program = compile_lowered(lower_train_step(config, model, mesh, abstract, iterations), mesh)
+    thoughts, iterations = schedule_of(config).works[0]
+    progress.note(f"C={thoughts} R={iterations}: compiling")
+    program = compile_lowered(lower_train_step(config, model, mesh, abstract, iterations, thoughts), mesh)
     state = create_state(model, optimizer, mesh, config.train.seed)
     state, _ = time_steps(program, state, batch, 1)
 

@@ -12,14 +12,15 @@ from ml_collections import ConfigDict
 
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.draw import TrainSchedule
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
-from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, train_flops_per_token
+from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, work_flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one config; what depends on R is the mean over the values that training draws.
+    """Of one config; what depends on C and R of a step is the mean over all steps, as often as each is drawn.
 
     Attributes:
       layer_parameters: all but the tables.
@@ -58,12 +59,16 @@ def cost_of(config: ConfigDict) -> Cost:
     recurrence_spec, length = RecurrenceSpec(**config.recurrence), config.data.sequence_length
     recurrence = make_recurrence(recurrence_spec)
     layers, tables = _count_parameters(LanguageModel(spec, recurrence_spec))
-    drawn = recurrence_spec.train_jacobi_iterations if recurrence.uses_jacobi_iterations else (0,)
-    train_flops = sum(train_flops_per_token(spec, recurrence, length, each) for each in drawn) / len(drawn)
+    shares = TrainSchedule.of(recurrence_spec, config.train.num_steps).shares
+    train_flops = sum(share * work_flops_per_token(spec, recurrence, length, work) for work, share in shares.items())
+    forwards = (
+        share * recurrence.with_thoughts(work.num_latent_thoughts).token_forwards(work.num_jacobi_iterations)
+        for work, share in shares.items()
+    )
     return Cost(
         layer_parameters=layers,
         table_parameters=tables,
-        train_forwards=sum(recurrence.token_forwards(each) for each in drawn) / len(drawn),
+        train_forwards=sum(forwards),
         decode_forwards=recurrence.forwards_per_token,
         train_flops=train_flops,
         decode_flops=decode_flops_per_token(spec, recurrence, length),

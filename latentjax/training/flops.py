@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import Recurrence
+from latentjax.recurrence.draw import Work
 from latentjax.training.hardware import chip_of
 
 
@@ -57,6 +58,16 @@ def train_flops_per_token(
     forward = sum(flops)
     backward = 2 * sum(flops[-recurrence.num_trained_passes(num_jacobi_iterations) :])
     return forward + backward + 3 * vocabulary_flops(spec, recurrence)
+
+
+def work_flops_per_token(spec: ModelSpec, recurrence: Recurrence, sequence_length: int, work: Work) -> float:
+    """As `train_flops_per_token`, of a step with its C and R; where R is a mean of microbatches, the mean."""
+    recurrence = recurrence.with_thoughts(work.num_latent_thoughts)
+    whole = int(work.num_jacobi_iterations)
+    flops = train_flops_per_token(spec, recurrence, sequence_length, whole)
+    if not (rest := work.num_jacobi_iterations - whole):
+        return flops
+    return flops + rest * (train_flops_per_token(spec, recurrence, sequence_length, whole + 1) - flops)
 
 
 def vocabulary_flops(spec: ModelSpec, recurrence: Recurrence) -> float:

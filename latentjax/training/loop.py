@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from latentjax.data.batches import eval_batches, train_batches
 from latentjax.data.row import TokenRow
 from latentjax.data.skips import skips_to_json
-from latentjax.recurrence.draw import draw_jacobi_iterations
 from latentjax.training import preemption, processes, programs, run_directory
 from latentjax.training.agreement import Wish
 from latentjax.training.anomalies import Trouble
@@ -115,13 +114,11 @@ def _steps(
     run.state = None  # the first step takes its memory over
     stopping = Wish(run.mesh, every_steps=1)
     while step < train.num_steps and not stopping.granted(step, stop.requested):
-        num_iterations = 0
-        if run.recurrence.uses_jacobi_iterations:
-            num_iterations = draw_jacobi_iterations(config.recurrence.train_jacobi_iterations, train.seed, step)
+        work = run.schedule.draw(train.seed, step)
         run.at(step + 1, "reading its batch")
         batch = next(batches)
         run.at(step + 1, "running the step")
-        state, metrics = run.train_steps[num_iterations](state, batch)
+        state, metrics = run.train_steps[work](state, batch)
         if run.start_clock.seconds_to_first_step is None:
             jax.block_until_ready(metrics)
             progress.note(run.start_clock.first_step())
@@ -131,7 +128,7 @@ def _steps(
         if recorder.trouble:
             return None, step, recorder.trouble
         step += 1
-        recorder.advance(step, num_iterations, metrics)
+        recorder.advance(step, work, metrics)
         progress.advance()
 
         last = step == train.num_steps
@@ -141,7 +138,7 @@ def _steps(
         samples = samples and train.sample_prompts
         saves = last or run.checkpoints.due(step)
         if last or step % train.log_every_steps == 0 or evaluates or scores:
-            recorder.note(step, num_iterations, metrics)
+            recorder.note(step, work, metrics)
         if not (evaluates or scores or samples or saves):
             continue
         run.at(step, "evaluating")

@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from latentjax.errors import UserError
 from latentjax.models.remat import POLICIES
+from latentjax.recurrence.draw import Work
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import programs
-from latentjax.training.flops import train_flops_per_token
+from latentjax.training.flops import work_flops_per_token
 from latentjax.training.hlo import parse
 from latentjax.training.hlo_costs import COLLECTIVES, ProgramCosts, count_costs
 from latentjax.training.mesh import BATCH_AXES, make_mesh
@@ -60,7 +61,7 @@ class ProgramReport:
       fits: whether it fits the chips' memory; if not, `advice` says what to change, and what needs the compiled
         program is None: XLA may have given none.
       memory: per chip; where XLA gave no program, its `total` is what XLA says was wanted (0: it does not say).
-      model_flops: of all chips, for this R; `mean_model_flops`: over the values of R that training draws.
+      model_flops: of all chips, for this program; `mean_model_flops`: over all that training draws.
       chip_flops, hbm_bytes, host_bytes: of one chip, recomputation included.
       mfu: at the roofline's bound, for this R.
       unknown_loops: loops that count as one trip, because the program's text does not say how often they run.
@@ -108,17 +109,19 @@ def examine(config: ConfigDict, topology: Topology, num_jacobi_iterations: int |
 
     Args:
       config: validated.
-      num_jacobi_iterations: R; None: the largest that training draws, which takes the most memory.
+      num_jacobi_iterations: R; None: that of the largest step that training draws, which takes the most memory. C is
+        that step's.
 
     Raises:
       UserError: the mesh does not fit the chips, or the attention backend does not serve them.
     """
     mesh = make_mesh(config, topology.devices)
     model = programs.make_model(config, mesh)
-    drawn = programs.distinct_iterations(model)
-    iterations = drawn[-1] if num_jacobi_iterations is None else num_jacobi_iterations
+    work, shares = programs.largest_work(config), programs.schedule_of(config).shares
+    if num_jacobi_iterations is not None:
+        work = work._replace(num_jacobi_iterations=num_jacobi_iterations)
     tokens = config.data.batch_size * config.data.sequence_length
-    flops = {each: tokens * _flops_per_token(config, model, each) for each in {*drawn, iterations}}
+    flops = {each: tokens * _flops_per_token(config, model, each) for each in {*shares, work}}
     common = {
         "topology": topology.name,
         "num_slices": topology.num_slices,
@@ -128,14 +131,16 @@ def examine(config: ConfigDict, topology: Topology, num_jacobi_iterations: int |
         "attention": model.spec.attention,
         "remat": model.spec.remat,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        "num_jacobi_iterations": iterations,
+        "num_jacobi_iterations": work.num_jacobi_iterations,
         "tokens": tokens,
-        "model_flops": flops[iterations],
-        "mean_model_flops": sum(flops[each] for each in drawn) / len(drawn),
+        "model_flops": flops[work],
+        "mean_model_flops": sum(share * flops[each] for each, share in shares.items()),
     }
     start = time.monotonic()
     state = abstract_state(model, make_optimizer(config.optimizer, config.train.num_steps), mesh)
-    lowered = programs.lower_train_step(config, model, mesh, state, iterations)
+    lowered = programs.lower_train_step(
+        config, model, mesh, state, work.num_jacobi_iterations, work.num_latent_thoughts
+    )
     try:
         compiled = programs.compile_lowered(lowered, mesh)
     except UserError as error:
@@ -164,14 +169,14 @@ def examine(config: ConfigDict, topology: Topology, num_jacobi_iterations: int |
         host_bytes=costs.host_bytes,
         collectives=_sums(costs),
         roofline=bound,
-        mfu=bound.mfu(flops[iterations] / mesh.size, topology.chip),
+        mfu=bound.mfu(flops[work] / mesh.size, topology.chip),
         unknown_loops=costs.unknown_loops,
     )
 
 
-def _flops_per_token(config: ConfigDict, model: LanguageModel, num_jacobi_iterations: int) -> float:
+def _flops_per_token(config: ConfigDict, model: LanguageModel, work: Work) -> float:
     recurrence = make_recurrence(model.recurrence_spec)
-    return train_flops_per_token(model.spec, recurrence, config.data.sequence_length, num_jacobi_iterations)
+    return work_flops_per_token(model.spec, recurrence, config.data.sequence_length, work)
 
 
 def _memory(compiled: jax.stages.Compiled, capacity: float) -> Memory:

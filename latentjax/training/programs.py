@@ -1,4 +1,4 @@
-"""The compiled programs of a run: one train step per R, one evaluation step, all made before step 1."""
+"""The compiled programs of a run: one train step per C and R, one evaluation step, all made before step 1."""
 
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ from latentjax.models.attention_backend import AttentionRequest, compute_capabil
 from latentjax.models.loops import choose_loops
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.draw import TrainSchedule, Work
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training.compiler_options import options_for
@@ -49,11 +50,16 @@ def sharded_tracing(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def distinct_iterations(model: LanguageModel) -> list[int]:
-    """The values of R that training can draw and that need a program of their own; [0] where R changes nothing."""
-    if not make_recurrence(model.recurrence_spec).uses_jacobi_iterations:
-        return [0]
-    return sorted(set(model.recurrence_spec.train_jacobi_iterations))
+def schedule_of(config: ConfigDict) -> TrainSchedule:
+    """What the steps of a run compute; the works that can be drawn each need a program of their own."""
+    return TrainSchedule.of(RecurrenceSpec(**config.recurrence), config.train.num_steps)
+
+
+def largest_work(config: ConfigDict) -> Work:
+    """That of the steps which take the most forwards, and so the most memory."""
+    recurrence = make_recurrence(RecurrenceSpec(**config.recurrence))
+    works = schedule_of(config).works
+    return max(works, key=lambda work: recurrence.with_thoughts(work[0]).token_forwards(work.num_jacobi_iterations))
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -103,18 +109,25 @@ def resolved(spec: ModelSpec, mesh: Mesh, mask_documents: bool) -> ModelSpec:
 
 
 def lower_train_step(
-    config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState, num_jacobi_iterations: int
+    config: ConfigDict,
+    model: LanguageModel,
+    mesh: Mesh,
+    state: TrainState,
+    num_jacobi_iterations: int,
+    num_latent_thoughts: int | None = None,
 ) -> jax.stages.Lowered:
-    """Traces the train step for one R and says where everything lies; nothing is compiled yet.
+    """Traces the train step for one R and C and says where everything lies; nothing is compiled yet.
 
     Args:
       state: abstract, with shardings. The step takes the state over: its memory is reused for the new one.
+      num_latent_thoughts: C; None: the model's own.
     """
     step = make_train_step(
         model,
         make_optimizer(config.optimizer, config.train.num_steps),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
         num_jacobi_iterations=num_jacobi_iterations,
+        num_latent_thoughts=num_latent_thoughts,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         counts_damage=config.data.on_corrupt_block == "skip",
@@ -139,10 +152,21 @@ def lower_eval_step(
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         tolerance=tolerance,
     )
+    return lower_on_held_out(evaluate, config, mesh, params)
+
+
+def lower_on_held_out(
+    program: Callable[[Any, dict[str, jax.Array]], Metrics], config: ConfigDict, mesh: Mesh, params: Any
+) -> jax.stages.Lowered:
+    """Traces a program of parameters and a batch of held-out text, whose results are wanted on every device.
+
+    Args:
+      params: abstract or not, with shardings.
+    """
     batch = abstract_batch(config, mesh)
     batch["target_bytes"] = jax.ShapeDtypeStruct(batch["loss_weights"].shape, jnp.int32, sharding=batch_sharding(mesh))
     with sharded_tracing(mesh):
-        return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(params, batch)
+        return jax.jit(program, out_shardings=replicated(mesh)).lower(params, batch)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
@@ -157,26 +181,31 @@ def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compi
 
 def compile_programs(
     config: ConfigDict, model: LanguageModel, mesh: Mesh, state: TrainState, evaluates: bool
-) -> tuple[dict[int, TrainStep], Callable[[Any, dict[str, jax.Array]], Metrics] | None]:
-    """Compiles the train step for every R that can be drawn and the evaluation step, in parallel.
+) -> tuple[dict[Work, TrainStep], Callable[[Any, dict[str, jax.Array]], Metrics] | None]:
+    """Compiles the train step for every C and R that can be drawn and the evaluation step, in parallel.
+
+    Those of later stages too: that one of them does not fit the memory should not be found out after days.
 
     Args:
       state: abstract, with shardings.
       evaluates: whether an evaluation step is wanted.
 
     Returns:
-      {R: step}, see `lower_train_step`, and the evaluation step or None.
+      {work: step}, see `lower_train_step`, and the evaluation step or None.
 
     Raises:
       UserError: a program does not fit the devices' memory.
     """
-    iterations = distinct_iterations(model)
-    lowerings = [partial(lower_train_step, config, model, mesh, state, each) for each in iterations]
+    works = schedule_of(config).works
+    lowerings = [
+        partial(lower_train_step, config, model, mesh, state, work.num_jacobi_iterations, work.num_latent_thoughts)
+        for work in works
+    ]
     if evaluates:
         lowerings.append(partial(lower_eval_step, config, model, mesh, state.params))
     with ThreadPoolExecutor(max_workers=len(lowerings)) as pool:
         compiled = list(pool.map(lambda lower: compile_lowered(lower(), mesh), lowerings))
-    return dict(zip(iterations, compiled, strict=False)), compiled[-1] if evaluates else None
+    return dict(zip(works, compiled, strict=False)), compiled[-1] if evaluates else None
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 """Turning what a step computed into a line of the log, and into a word of warning."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from latentjax.recurrence.draw import Work
 from latentjax.training import processes
 from latentjax.training.anomalies import Trouble
-from latentjax.training.flops import peak_flops, train_flops_per_token
+from latentjax.training.flops import peak_flops, work_flops_per_token
 from latentjax.training.goodput import STEPS
 from latentjax.training.metrics import MetricsLog
 from latentjax.training.progress import TrainProgress
@@ -30,15 +32,12 @@ class Recorder:
         config = run.config
         self._run, self._log, self._progress, self._num_steps = run, log, progress, config.train.num_steps
         self._tokens_per_step = config.data.batch_size * config.data.sequence_length
-        self._flops_per_step = {
-            iterations: self._tokens_per_step
-            * train_flops_per_token(run.model.spec, run.recurrence, config.data.sequence_length, iterations)
-            for iterations in run.train_steps
-        }
+        length, spec, recurrence = config.data.sequence_length, run.model.spec, run.recurrence
+        self._flops_per_token = functools.cache(lambda work: work_flops_per_token(spec, recurrence, length, work))
         peak = peak_flops(run.mesh.devices.flat[0])
         self._peak_flops = None if peak is None else peak * run.mesh.size
-        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
-        self._unread: list[tuple[int, int, dict[str, jax.Array]]] = []  # all steps since the counts were last read
+        self._pending: tuple[int, Work, dict[str, jax.Array]] | None = None
+        self._unread: list[tuple[int, Work, dict[str, jax.Array]]] = []  # all steps since the counts were last read
         self._skipped_updates = skipped_updates
         self.skips_now = False
         self.trouble: Trouble | None = None
@@ -46,17 +45,19 @@ class Recorder:
 
     def restart_clock(self) -> None:
         """Leaves what was done since the last line (evaluating, sampling, saving) out of the rates."""
-        self._clock, self._steps, self._flops = time.monotonic(), 0, 0.0
+        self._clock, self._steps = time.monotonic(), 0
+        # Of each step, its work, and how many passes there were if only the step itself knows.
+        self._works: list[tuple[Work, jax.Array | None]] = []
 
-    def advance(self, step: int, num_iterations: int, metrics: dict[str, jax.Array]) -> None:
+    def advance(self, step: int, work: Work, metrics: dict[str, jax.Array]) -> None:
         """Counts a step (from 1) that was just dispatched. Its numbers stay where they are, mostly never read."""
         self._steps += 1
-        self._flops += self._flops_per_step[num_iterations]
-        self._unread.append((step, num_iterations, metrics))
+        self._works.append((work, metrics.get("num_jacobi_iterations")))
+        self._unread.append((step, work, metrics))
 
-    def note(self, step: int, num_iterations: int, metrics: dict[str, jax.Array]) -> None:
+    def note(self, step: int, work: Work, metrics: dict[str, jax.Array]) -> None:
         """Keeps a step's metrics until `write`."""
-        self._pending = (step, num_iterations, metrics)
+        self._pending = (step, work, metrics)
 
     def write(self, evaluate: Callable[[], dict[str, float]] | None = None) -> None:
         """Writes the line kept by `note`, if there is one, with the results of an evaluation made now.
@@ -65,15 +66,15 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (step, num_iterations, metrics), self._pending = self._pending, None
+        (step, work, metrics), self._pending = self._pending, None
         values = _read(metrics)  # waits for the step
         seconds = time.monotonic() - self._clock
         self._note_skipped(values, logged=step)
         self.trouble = self._run.monitor.judge(step, values["loss"])
         line = {
-            **self._begun(step, num_iterations, values),
+            **self._begun(step, work, values),
             "tokens_per_second": self._steps * self._tokens_per_step / seconds,
-            "mfu": self._flops / seconds / self._peak_flops if self._peak_flops else None,
+            "mfu": self._flops_since() / seconds / self._peak_flops if self._peak_flops else None,
             **(evaluate() if evaluate and not self.trouble else {}),
         }
         self._log.write(line)
@@ -82,6 +83,16 @@ class Recorder:
         if processes.is_first():
             self._run.goodput.write(self._run.workdir)
         self.restart_clock()
+
+    def _flops_since(self) -> float:
+        """Model FLOPs of all steps since the clock began."""
+        works, passes = zip(*self._works, strict=True)
+        passes = jax.device_get(passes)
+        works = [
+            work if each is None else work._replace(num_jacobi_iterations=each.item())
+            for work, each in zip(works, passes, strict=True)
+        ]
+        return self._tokens_per_step * sum(map(self._flops_per_token, works))
 
     def settle(self) -> None:
         """Waits for the last step, and sees to it that no skipped update before it is missing in the log."""
@@ -95,7 +106,7 @@ class Recorder:
         self.skips_now = values["skipped_in_a_row"] > 0
         if self._skipped_updates == before:
             return  # as nearly always: the numbers of the steps in between are not read
-        for step, num_iterations, metrics in unread:
+        for step, work, metrics in unread:
             found = _read(metrics)
             if not found["skipped_update"]:
                 continue
@@ -105,18 +116,17 @@ class Recorder:
                 f"{found['grad_norm']}) are not finite; {found['skipped_updates']} so far"
             )
             if step != logged:
-                self._log.write(
-                    {**self._begun(step, num_iterations, found), "tokens_per_second": None, "mfu": None}
-                )  # fmt: skip
+                self._log.write({**self._begun(step, work, found), "tokens_per_second": None, "mfu": None})
 
-    def _begun(self, step: int, num_iterations: int, values: dict[str, Any]) -> dict[str, Any]:
+    def _begun(self, step: int, work: Work, values: dict[str, Any]) -> dict[str, Any]:
         """The part of a line that does not depend on the machine's speed."""
         shown = {name: value for name, value in values.items() if name != "skipped_in_a_row"}
         return {
             "step": step,
             "tokens": step * self._tokens_per_step,
             **shown,
-            "num_jacobi_iterations": num_iterations,
+            "num_jacobi_iterations": values.get("num_jacobi_iterations", work.num_jacobi_iterations),
+            **({"num_latent_thoughts": work.num_latent_thoughts} if self._run.schedule.varies_thoughts else {}),
         }
 
 

@@ -39,6 +39,9 @@ _SETTINGS = (
     "optimizer.weight_decay",
     "recurrence.train_jacobi_iterations",
     "recurrence.backprop_passes",
+    "recurrence.train_schedule",
+    "recurrence.handover_ratio",
+    "recurrence.train_tolerance",
     "train.num_steps",
     "train.seed",
 )

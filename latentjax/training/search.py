@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 from latentjax.errors import UserError
 from latentjax.models.remat import POLICIES
 from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.base import Recurrence, RecurrenceSpec
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training.flops import train_flops_per_token
 from latentjax.training.mesh import AXES, check_divisible
 from latentjax.training.program_report import GIB, ProgramReport, examine
+from latentjax.training.programs import largest_work
 from latentjax.training.topology import Topology
 
 MAX_TENSOR = 8  # beyond, a product's share on a chip is too narrow for its matrix unit
@@ -172,6 +173,12 @@ def num_parameters(spec: ModelSpec) -> int:
     return spec.num_layers * per_layer + tables
 
 
+def _largest(config: ConfigDict) -> tuple[Recurrence, int]:
+    """The method, with the C of the largest step, and its R."""
+    work, recurrence = largest_work(config), make_recurrence(RecurrenceSpec(**config.recurrence))
+    return recurrence.with_thoughts(work.num_latent_thoughts), work.num_jacobi_iterations
+
+
 def least_memory(config: ConfigDict) -> float:
     """Bytes of a chip's memory below which the step cannot be, for a config whose mesh has no -1.
 
@@ -179,8 +186,7 @@ def least_memory(config: ConfigDict) -> float:
     gradients flow through, and the logits of one chunk.
     """
     spec, mesh = ModelSpec(**config.model), config.mesh
-    recurrence = make_recurrence(RecurrenceSpec(**config.recurrence))
-    iterations = max(config.recurrence.train_jacobi_iterations) if recurrence.uses_jacobi_iterations else 0
+    recurrence, iterations = _largest(config)
     passes = recurrence.passes(iterations)[-recurrence.num_trained_passes(iterations) :]
     rows = config.data.batch_size / config.train.gradient_accumulation_steps / mesh.replica / mesh.data / mesh.fsdp
     tokens = rows * config.data.sequence_length / mesh.sequence
@@ -204,8 +210,7 @@ def least_memory(config: ConfigDict) -> float:
 def _estimated_seconds(config: ConfigDict, topology: Topology) -> tuple[float, ...]:
     """The order to try settings in: a rough time of a step, then the fewest microbatches."""
     spec, mesh, chip = ModelSpec(**config.model), config.mesh, topology.chip
-    recurrence = make_recurrence(RecurrenceSpec(**config.recurrence))
-    iterations = max(config.recurrence.train_jacobi_iterations) if recurrence.uses_jacobi_iterations else 0
+    recurrence, iterations = _largest(config)
     passes, length, devices = recurrence.passes(iterations), config.data.sequence_length, len(topology.devices)
     recomputed = _RECOMPUTED.get(spec.remat, 1.0)
     flops = config.data.batch_size * length * train_flops_per_token(spec, recurrence, length, iterations) / devices

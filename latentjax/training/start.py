@@ -15,6 +15,7 @@ from latentjax.data.skips import Skip, batch_of_step, skips_from_json, skips_to_
 from latentjax.data.sources import Sources, open_sources
 from latentjax.errors import UserError
 from latentjax.recurrence.base import Recurrence
+from latentjax.recurrence.draw import TrainSchedule, Work
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import processes, programs, run_directory
@@ -66,7 +67,8 @@ class Run:
     recurrence: Recurrence
     mesh: Mesh
     checkpoints: Checkpoints
-    train_steps: dict[int, Callable]
+    schedule: TrainSchedule
+    train_steps: dict[Work, Callable]
     eval_step: Callable | None
     abstract_state: TrainState
     skips: tuple[Skip, ...]  # stretches of batches that are stepped over
@@ -89,8 +91,8 @@ class Run:
     def checkpoint_notes(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides arrays.
 
-        Data are a function of the step, the seed and the stretches that are stepped over; draws of R and samples of
-        step and seed.
+        Data are a function of the step, the seed and the stretches that are stepped over; draws of C and R and samples
+        of step and seed.
         """
         sequences = batch_of_step(step, self.skips) * self.config.data.batch_size
         return {
@@ -186,6 +188,7 @@ def prepare_run(
         recurrence=make_recurrence(model.recurrence_spec),
         mesh=mesh,
         checkpoints=checkpoints,
+        schedule=programs.schedule_of(config),
         train_steps={},
         eval_step=None,
         abstract_state=abstract,
@@ -211,8 +214,8 @@ def prepare_run(
     goodput.book("start")
     if run.start_step < config.train.num_steps:
         began = time.monotonic()
-        iterations = ", ".join(map(str, programs.distinct_iterations(model)))
-        processes.say(f"compiling the step for R = {iterations}")
+        most = " at most" if config.recurrence.train_tolerance else ""
+        processes.say(f"compiling the step for {run.schedule.description}{most}")
         evaluates = config.train.eval_every_steps > 0
         with ending_at_once():
             run.train_steps, run.eval_step = programs.compile_programs(config, model, mesh, abstract, evaluates)

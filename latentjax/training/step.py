@@ -1,6 +1,7 @@
 """The train step and the evaluation step, each a pure function that is compiled once per R."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,35 +23,59 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     num_jacobi_iterations: int,
+    num_latent_thoughts: int | None = None,
     gradient_accumulation_steps: int,
     loss_chunk_tokens: int,
     counts_damage: bool,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns step(state, batch) -> (state, metrics), for one R.
+    """Returns step(state, batch) -> (state, metrics), for one R and one C.
 
     The batch holds `tokens` (B, T + 1) and `loss_weights` (B, T), and with document masks `segment_ids` and `positions`
     (B, T). Metrics are float32 scalars: `loss` in nats per token, `grad_norm` before clipping, `learning_rate`; and
-    int32 scalars: `skipped_update` (0 or 1), and the state's counts after the step, see `Counts`.
+    int32 scalars: `skipped_update` (0 or 1), and the state's counts after the step, see `Counts`. With
+    `recurrence.train_tolerance` also `num_jacobi_iterations`, float32: refinement passes, the mean over microbatches.
 
     Where the loss or the gradients' norm is not finite the update is skipped: parameters and moments stay as they were,
     and the step counts all the same.
 
     Args:
+      num_latent_thoughts: C; None: the model's own.
       counts_damage: whether windows without any weight are counted, as `damaged_windows`.
     """
 
-    def loss_sum(params: Any, batch: Batch) -> jax.Array:
-        total, _ = summed_loss(model, params, batch, num_jacobi_iterations, loss_chunk_tokens)
-        return total
+    thoughts = model.recurrence_spec.num_latent_thoughts if num_latent_thoughts is None else num_latent_thoughts
+    tolerance = model.recurrence_spec.train_tolerance if thoughts else 0.0
+
+    def loss_sum(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        if not tolerance:
+            total, _ = summed_loss(model, params, batch, num_jacobi_iterations, loss_chunk_tokens, thoughts)
+            return total, {}
+        hidden_BTD, passes = model.apply(
+            {"params": params},
+            batch["tokens"][:, :-1],
+            num_jacobi_iterations=num_jacobi_iterations,
+            num_latent_thoughts=thoughts,
+            tolerance=tolerance,
+            positions_BT=batch.get("positions"),
+            segment_ids_BT=batch.get("segment_ids"),
+            method="hidden_settled",
+        )
+        total = loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens)
+        return total, {"num_jacobi_iterations": passes.astype(jnp.float32) / gradient_accumulation_steps}
+
+    def mean_loss(params: Any, batch: Batch, total_weight: jax.Array) -> tuple[jax.Array, Metrics]:
+        total, found = loss_sum(params, batch)
+        return total / total_weight, found
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # The weights of the whole batch are known beforehand, so that microbatches add up to the full batch exactly.
         total_weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
-        grad_fn = jax.value_and_grad(lambda params, part: loss_sum(params, part) / total_weight)
+        grad_fn = jax.value_and_grad(partial(mean_loss, total_weight=total_weight), has_aux=True)
         if gradient_accumulation_steps == 1:
-            loss, grads = grad_fn(state.params, batch)
+            (loss, found), grads = grad_fn(state.params, batch)
         else:
-            loss, grads = _accumulate(grad_fn, state.params, batch, gradient_accumulation_steps)
+            found = {"num_jacobi_iterations": jnp.zeros((), jnp.float32)} if tolerance else {}
+            (loss, found), grads = _accumulate(grad_fn, state.params, batch, gradient_accumulation_steps, found)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.global_norm(grads)
@@ -66,6 +91,7 @@ def make_train_step(
             "skipped_update": (~finite).astype(jnp.int32),
             "skipped_updates": counts.skipped_updates,
             "skipped_in_a_row": counts.skipped_in_a_row,
+            **found,
         }
         if counts_damage:
             metrics["damaged_windows"] = counts.damaged_windows
@@ -95,7 +121,7 @@ def make_eval_step(
             segment_ids_BT=batch.get("segment_ids"),
             method="hidden_until",
         )
-        total = _loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens)
+        total = loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens)
         return _sums(total, batch) | {"thought_residual": jnp.max(residual_B), "passes": passes}
 
     def evaluate(params: Any, batch: Batch) -> Metrics:
@@ -117,24 +143,34 @@ def _sums(loss_sum: jax.Array, batch: Batch) -> Metrics:
 
 
 def summed_loss(
-    model: LanguageModel, params: Any, batch: Batch, num_jacobi_iterations: int, loss_chunk_tokens: int
+    model: LanguageModel,
+    params: Any,
+    batch: Batch,
+    num_jacobi_iterations: int,
+    loss_chunk_tokens: int,
+    num_latent_thoughts: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The batch's weighted sum of next-token cross-entropy, float32 nats, and the thought residuals (R,) or None."""
+    """The batch's weighted sum of next-token cross-entropy, float32 nats, and the thought residuals (R,) or None.
+
+    Args:
+      num_latent_thoughts: C; None: the model's own.
+    """
     hidden_BTD, residual_R = model.apply(
         {"params": params},
         batch["tokens"][:, :-1],
         num_jacobi_iterations=num_jacobi_iterations,
+        num_latent_thoughts=num_latent_thoughts,
         positions_BT=batch.get("positions"),
         segment_ids_BT=batch.get("segment_ids"),
         method="hidden",
     )
-    return _loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens), residual_R
+    return loss_of_hidden(model, params, hidden_BTD, batch, loss_chunk_tokens), residual_R
 
 
-def _loss_of_hidden(
+def loss_of_hidden(
     model: LanguageModel, params: Any, hidden_BTD: jax.Array, batch: Batch, loss_chunk_tokens: int
 ) -> jax.Array:
-    """The weighted sum of cross-entropy of the batch's targets, where the head reads hidden_BTD."""
+    """The weighted sum of cross-entropy of the batch's targets, float32 nats, where the head reads hidden_BTD."""
     return next_token_loss(
         lambda hidden: model.apply({"params": params}, hidden, method="logits"),
         hidden_BTD,
@@ -156,8 +192,8 @@ def _count(counts: Counts, skipped: jax.Array, weights_BT: jax.Array | None) -> 
     )
 
 
-def _accumulate(grad_fn: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[jax.Array, Any]:
-    """Sums loss and gradients over microbatches, one after another, as a scan."""
+def _accumulate(grad_fn: Callable, params: Any, batch: Batch, microbatches: int, found: Metrics) -> tuple[tuple, Any]:
+    """Sums losses, what is found beside them (`found`: zeros), and gradients over microbatches, as a scan."""
 
     def split(rows: jax.Array) -> jax.Array:
         # Microbatch m takes every microbatches-th row: the rows that a device holds stay on that device.
@@ -166,6 +202,6 @@ def _accumulate(grad_fn: Callable, params: Any, batch: Batch, microbatches: int)
     def add(total: tuple, part: Batch) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
 
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    zeros = ((jnp.zeros((), jnp.float32), found), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
     return total

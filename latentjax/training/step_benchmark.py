@@ -1,4 +1,4 @@
-"""How long training steps take, for every R that a recipe draws and for several C, on the devices that are here.
+"""How long training steps take, for every C and R that a recipe draws or for several C, on the devices that are here.
 
 The programs take turns, step by step, round by round: what a noisy machine adds to one it adds to all, so that ratios
 of their times mean something where the times do not.
@@ -19,10 +19,10 @@ from latentjax.data.progress import Progress
 from latentjax.data.windows import document_layout
 from latentjax.errors import UserError
 from latentjax.recurrence.methods import make_recurrence
-from latentjax.training.flops import peak_flops, train_flops_per_token
+from latentjax.training.flops import peak_flops, work_flops_per_token
 from latentjax.training.mesh import make_mesh, put_batch, rows_of_process
 from latentjax.training.optimizer import make_optimizer
-from latentjax.training.programs import compile_lowered, distinct_iterations, lower_train_step, make_model
+from latentjax.training.programs import compile_lowered, lower_train_step, make_model, schedule_of
 from latentjax.training.state import TrainState, abstract_state, create_state
 
 PROMISED = 0.1  # step times are proportional to token-forwards within this share
@@ -147,11 +147,11 @@ PROPORTION_HEADER = (
 
 
 def benchmark_steps(config: ConfigDict, thoughts: Sequence[int], rounds: int, steps: int) -> list[StepTimes]:
-    """Measures the step of every R that the recipe draws.
+    """Measures the step of every C and R that the recipe draws.
 
     Args:
       config: validated.
-      thoughts: values of C in place of the recipe's; empty: the recipe's own.
+      thoughts: values of C in place of the recipe's, and of its stages; empty: the recipe's own.
       rounds: how often every program has its turn; steps: how many steps a turn has.
 
     Returns:
@@ -174,22 +174,23 @@ def benchmark_steps(config: ConfigDict, thoughts: Sequence[int], rounds: int, st
         model = make_model(each, mesh)
         recurrence, abstract = make_recurrence(model.recurrence_spec), abstract_state(model, optimizer, mesh)
         num_tokens = each.data.batch_size * each.data.sequence_length
-        for iterations in distinct_iterations(model):
-            key = (recurrence.forwards_per_token - 1, iterations)
+        for work in schedule_of(each).works:
+            of_work, iterations = recurrence.with_thoughts(work.num_latent_thoughts), work.num_jacobi_iterations
+            key = (of_work.forwards_per_token - 1, iterations)
             progress.note(f"C={key[0]} R={key[1]}: compiling")
             start = time.perf_counter()
-            lowered = lower_train_step(each, model, mesh, abstract, iterations)
+            lowered = lower_train_step(each, model, mesh, abstract, iterations, work.num_latent_thoughts)
             traced = time.perf_counter()
             programs[key] = compile_lowered(lowered, mesh)
             compiled = time.perf_counter()
             progress.note(
                 f"C={key[0]} R={key[1]}: traced in {traced - start:.1f} s, compiled in {compiled - traced:.1f} s"
             )
-            flops = train_flops_per_token(model.spec, recurrence, each.data.sequence_length, iterations)
+            flops = work_flops_per_token(model.spec, recurrence, each.data.sequence_length, work)
             results[key] = StepTimes(
                 num_latent_thoughts=key[0],
                 num_jacobi_iterations=iterations,
-                token_forwards=recurrence.token_forwards(iterations),
+                token_forwards=of_work.token_forwards(iterations),
                 model_flops=flops * num_tokens,
                 num_tokens=num_tokens,
                 peak_flops=peak and peak * mesh.size,
@@ -271,7 +272,7 @@ def device_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.A
 
 def _with_thoughts(config: ConfigDict, num_latent_thoughts: int) -> ConfigDict:
     changed = config.copy_and_resolve_references()
-    changed.recurrence.num_latent_thoughts = num_latent_thoughts
+    changed.recurrence.update(num_latent_thoughts=num_latent_thoughts, train_schedule=(), handover_ratio=0.0)
     return changed
 
 

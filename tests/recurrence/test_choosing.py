@@ -74,3 +74,11 @@ def test_greedy_takes_the_largest_that_is_a_token():
     logits_BV[:, -1] = 100
     chosen_B = choose(jnp.asarray(logits_BV), jax.random.split(jax.random.key(0), 4), Choice.of(0.0, VOCAB - 1))
     np.testing.assert_array_equal(chosen_B, np.argmax(logits_BV[:, :-1], axis=1))
+
+
+def test_greedy_takes_the_first_of_equals():
+    """As argmax does; and where no number is largest, still a token."""
+    logits_BV = np.array([[0.0, 2.0, 2.0, -1.0], [-np.inf, -np.inf, -3.0, -np.inf], [np.nan, 0.0, 0.0, 0.0]])
+    chosen_B = choose(jnp.float32(logits_BV), jax.random.split(jax.random.key(0), 3), Choice.of(0.0, 4))
+    np.testing.assert_array_equal(chosen_B[:2], [1, 2])
+    assert 0 <= chosen_B[2] < 4

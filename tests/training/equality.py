@@ -75,7 +75,7 @@ def losses(config: ConfigDict, devices: list[jax.Device]) -> list[float]:
     # As the train loop has it; nothing is moved but what is asked for by name.
     with contextlib.closing(batches), jax.transfer_guard("disallow"):
         while len(found) < NUM_STEPS and not stopping.granted(len(found), False):
-            state, metrics = steps[NUM_ITERATIONS](state, next(batches))
+            state, metrics = steps[1, NUM_ITERATIONS](state, next(batches))
             found.append(metrics["loss"])
     return np.asarray(jax.device_get(found), np.float64).tolist()
 

@@ -14,14 +14,15 @@ from latentjax.training.hlo_costs import count_costs
 BATCH, LENGTH, ITERATIONS = 2, 8, 1
 
 
-def hidden_scores_flops(spec: ModelSpec, recurrence: Recurrence) -> float:
-    """Per token of a forward: what one chunk of queries computes of scores beyond the half that is counted."""
-    scores, passes = 0.0, recurrence.passes(ITERATIONS)
-    for number, (slots, kept) in enumerate(zip(passes, recurrence.kept_slots(ITERATIONS), strict=True)):
+def hidden_scores_flops(spec: ModelSpec, recurrence: Recurrence, iterations: int = ITERATIONS) -> float:
+    """Per token of a step: what one chunk of queries computes of scores beyond the half that is counted."""
+    scores, passes = 0.0, recurrence.passes(iterations)
+    first_trained = len(passes) - recurrence.num_trained_passes(iterations)
+    for number, (slots, kept) in enumerate(zip(passes, recurrence.kept_slots(iterations), strict=True)):
         queries = (spec.num_layers - 1) * slots + kept
         # None of the thoughts that a refinement pass is for sees the last slot, so that it is left out.
         unseen = kept if kept < slots and number < len(passes) - 1 else 0
-        scores += queries * slots * LENGTH - 2 * unseen
+        scores += (queries * slots * LENGTH - 2 * unseen) * (3 if number >= first_trained else 1)
     return causal_attention_flops(spec.num_heads * scores, spec.head_dim)
 
 
@@ -41,8 +42,47 @@ def test_training_has_the_products_that_are_counted(method: str, architecture: s
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params_of(model)).compile()
     costs = count_costs(parse(compiled.as_text()))
     assert costs.unknown_loops == 0
-    per_token = train_flops_per_token(spec, recurrence, LENGTH, ITERATIONS) + 3 * hidden_scores_flops(spec, recurrence)
+    per_token = train_flops_per_token(spec, recurrence, LENGTH, ITERATIONS) + hidden_scores_flops(spec, recurrence)
     # The predictions of a pondering step are computed again in the backward pass, unless XLA finds them still there.
     again = 2.0 * spec.hidden_size * spec.vocab_size * recurrence.vocabulary_products / 2
     assert costs.flops / (BATCH * LENGTH) - per_token in (0.0, again)
     assert costs.flops < compiled.cost_analysis()["flops"] < 1.25 * costs.flops
+
+
+@pytest.mark.parametrize("thoughts", [0, 1])
+def test_a_stage_has_the_products_of_its_thoughts(thoughts: int):
+    """Of a model with two."""
+    model = language_model(2, hidden_size=64, intermediate_size=96, vocab_size=80, loops="unrolled")
+    recurrence, tokens_BT = make_recurrence(model.recurrence_spec).with_thoughts(thoughts), tokens(BATCH, LENGTH)
+
+    def loss(params):
+        hidden_BTD, _ = model.apply(
+            {"params": params}, tokens_BT, num_latent_thoughts=thoughts, num_jacobi_iterations=thoughts, method="hidden"
+        )
+        return cross_entropy(model.apply({"params": params}, hidden_BTD, method="logits"), tokens_BT)
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params_of(model)).compile()
+    flops = train_flops_per_token(model.spec, recurrence, LENGTH, thoughts)
+    flops += hidden_scores_flops(model.spec, recurrence, thoughts)
+    assert count_costs(parse(compiled.as_text())).flops / (BATCH * LENGTH) == flops
+
+
+@pytest.mark.parametrize(("loops", "tolerance"), [("unrolled", 0.0), ("rolled", 0.0), ("rolled", 1e-3)])
+def test_passes_without_gradients_are_computed_forward_alone(loops: str, tolerance: float):
+    """Growing and two of three refinement passes; in a loop of unknown length they count as one turn of it."""
+    model = language_model(1, backprop_passes=2, hidden_size=64, intermediate_size=96, vocab_size=80, loops=loops)
+    spec, recurrence, tokens_BT = model.spec, make_recurrence(model.recurrence_spec), tokens(BATCH, LENGTH)
+    settled = {"num_latent_thoughts": 1, "tolerance": tolerance, "method": "hidden_settled"}
+
+    def loss(params):
+        how = settled if tolerance else {"method": "hidden"}
+        hidden_BTD, _ = model.apply({"params": params}, tokens_BT, num_jacobi_iterations=3, **how)
+        return cross_entropy(model.apply({"params": params}, hidden_BTD, method="logits"), tokens_BT)
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params_of(model)).compile()
+    costs = count_costs(parse(compiled.as_text()))
+    assert costs.unknown_loops == (tolerance > 0)
+    iterations = 2 if tolerance else 3
+    flops = train_flops_per_token(spec, recurrence, LENGTH, iterations)
+    flops += hidden_scores_flops(spec, recurrence, iterations)
+    assert costs.flops / (BATCH * LENGTH) == flops

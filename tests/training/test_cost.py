@@ -123,3 +123,25 @@ def test_lines_and_json():
     assert set(first["ratios"].values()) == {1.0}
     assert second["config"] == "b.py:latent" and second["decode_flops"] == 2500.0
     assert second["ratios"]["train_flops"] == 8.0
+
+
+def test_means_over_the_stages_of_training():
+    """Each stage for as long as it takes; over a hand-over, half of the steps are of either."""
+    config = config_of("latent", 2, "llama")
+    # Token-forwards: 1; 3 and 5; 9.
+    stages = ((0.0, 0, (0,)), (0.5, 1, (0, 1)), (0.8, 2, (1,)))
+    config.recurrence.train_schedule = stages
+    assert cost_of(config).train_forwards == pytest.approx(0.5 * 1 + 0.3 * 4 + 0.2 * 9)
+    config.recurrence.handover_ratio = 0.1
+    assert cost_of(config).train_forwards == pytest.approx(0.55 * 1 + 0.3 * 4 + 0.15 * 9)
+    alone = []
+    for _, number, drawn in stages:
+        config.recurrence.update(train_schedule=((0.0, number, drawn),), handover_ratio=0.0)
+        alone.append(cost_of(config))
+    config.recurrence.update(train_schedule=stages, handover_ratio=0.1)
+    flops = sum(share * each.train_flops for share, each in zip((0.55, 0.3, 0.15), alone, strict=True))
+    assert cost_of(config).train_flops == pytest.approx(flops)
+    assert cost_of(config).total_train_flops == pytest.approx(flops * config.train.num_steps * ROWS * LENGTH)
+    # What it costs to use is what a model with all thoughts costs; a stage without any costs what vanilla does.
+    assert cost_of(config).decode_forwards == 3
+    assert alone[0].train_flops == cost_of(config_of("vanilla", 0, "llama")).train_flops

@@ -14,7 +14,7 @@ import recipes
 from megatron_files import write
 
 from latentjax.errors import UserError
-from latentjax.recurrence.draw import draw_jacobi_iterations
+from latentjax.recurrence.draw import Work, draw_jacobi_iterations
 from latentjax.training import loop, programs, start
 from latentjax.training.metrics import MetricsLog, read_metrics
 from latentjax.training.progress import TrainProgress
@@ -217,7 +217,7 @@ def test_out_of_memory_at_a_step_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
     def step(state, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
 
-    monkeypatch.setattr(programs, "compile_programs", lambda *_: ({1: step, 2: step}, None))
+    monkeypatch.setattr(programs, "compile_programs", lambda *_: ({Work(1, 1): step, Work(1, 2): step}, None))
     config = recipes.get_config()
     with pytest.raises(UserError, match="out of device memory while training .*allocate 12345 bytes.*model.remat") as e:
         loop.train(config, tmp_path, StopRequest())

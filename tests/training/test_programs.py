@@ -50,7 +50,7 @@ def test_a_second_start_compiles_nothing(cache: Path):
     def counted() -> tuple[int, int]:
         events.clear()
         steps, evaluate = compiled()
-        assert sorted(steps) == [1, 2] and evaluate is not None
+        assert sorted(steps) == [(1, 1), (1, 2)] and evaluate is not None
         return events.count("cache_misses"), events.count("cache_hits")
 
     assert counted() == (3, 0)
@@ -70,16 +70,16 @@ def test_the_evaluation_step_is_made_beside_the_train_steps(monkeypatch: pytest.
 
     monkeypatch.setattr(programs, "compile_lowered", compile_lowered)
     steps, evaluate = compiled()
-    assert sorted(steps) == [1, 2]
+    assert sorted(steps) == [(1, 1), (1, 2)]
     # The state is taken over by a train step, not by an evaluation.
-    for lowered, donates in ((steps[1], True), (steps[2], True), (evaluate, False)):
+    for lowered, donates in ((steps[1, 1], True), (steps[1, 2], True), (evaluate, False)):
         assert any(info.donated for info in jax.tree.leaves(lowered.args_info)) == donates
 
 
 def test_without_evaluation_there_is_no_program_for_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(programs, "compile_lowered", lambda lowered, mesh: lowered)
     steps, evaluate = compiled(evaluates=False)
-    assert sorted(steps) == [1, 2] and evaluate is None
+    assert sorted(steps) == [(1, 1), (1, 2)] and evaluate is None
 
 
 class StandIn:

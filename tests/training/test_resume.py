@@ -102,11 +102,11 @@ def test_killed_a_hundred_times(whole_run: Path, tmp_path: Path):
 
 def _stop_until_done(workdir: Path, seed: int) -> int:
     """Stops the run by SIGTERM at random moments until it is done; returns how often it saved and left."""
-    rng, saved, saves = random.Random(seed), 0, 0
+    rng, saved, saves, longest = random.Random(seed), 0, 0, 9.0
     while True:
         process = recipes.started(workdir)
         try:
-            out, err = process.communicate(timeout=rng.uniform(3.0, 9.0))
+            out, err = process.communicate(timeout=rng.uniform(3.0, longest))
         except subprocess.TimeoutExpired:
             process.terminate()
             out, err = process.communicate(timeout=120)
@@ -118,6 +118,7 @@ def _stop_until_done(workdir: Path, seed: int) -> int:
             return saves
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), err
         if process.returncode < 0:  # before the first step, or behind the last one
+            longest *= 1.2  # a machine may be too busy to come to a step in the time
             saved = max((int(path.name) for path in (workdir / "checkpoints").glob("*[0-9]")), default=0)
         else:
             saved, saves = int(re.search(r"saved step (\d+) to", err)[1]), saves + 1
