@@ -70,3 +70,8 @@ def numbers_of_first(numbers: Sequence[int]) -> list[int]:
     if processes.is_first():
         sent[:] = numbers
     return np.asarray(multihost_utils.broadcast_one_to_all(sent)).tolist()
+
+
+def text_of_first(text: str) -> str:
+    """Returns the text that the first process gave, of any length, in every process; the others' are ignored."""
+    return bytes(numbers_of_first(list(text.encode()))).decode()

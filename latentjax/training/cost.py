@@ -7,12 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import RecurrenceSpec
-from latentjax.recurrence.draw import TrainSchedule
+from latentjax.recurrence.base import Recurrence, RecurrenceSpec
+from latentjax.recurrence.draw import TrainSchedule, Work
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, work_flops_per_token
@@ -54,12 +55,10 @@ def cost_of(config: ConfigDict) -> Cost:
     Args:
       config: validated.
     """
-    # Which attention and which loops it will be says nothing about what has to be computed.
-    spec = dataclasses.replace(ModelSpec(**config.model), attention="xla", loops="rolled", remat="none")
-    recurrence_spec, length = RecurrenceSpec(**config.recurrence), config.data.sequence_length
-    recurrence = make_recurrence(recurrence_spec)
+    spec, recurrence_spec, recurrence, schedule = _described(config)
+    length = config.data.sequence_length
     layers, tables = _count_parameters(LanguageModel(spec, recurrence_spec))
-    shares = TrainSchedule.of(recurrence_spec, config.train.num_steps).shares
+    shares = schedule.shares
     train_flops = sum(share * work_flops_per_token(spec, recurrence, length, work) for work, share in shares.items())
     forwards = (
         share * recurrence.with_thoughts(work.num_latent_thoughts).token_forwards(work.num_jacobi_iterations)
@@ -75,6 +74,37 @@ def cost_of(config: ConfigDict) -> Cost:
         cache_bytes=cache_bytes_per_token(spec, recurrence),
         total_train_flops=train_flops * config.train.num_steps * config.data.batch_size * length,
     )
+
+
+def works_of_steps(config: ConfigDict, num_steps: int) -> list[Work]:
+    """C and R of each of the first `num_steps` training steps.
+
+    With `recurrence.train_tolerance` R is the most that a step may take: what it took, only its log knows.
+    """
+    _, _, _, schedule = _described(config)
+    return [schedule.draw(config.train.seed, step) for step in range(num_steps)]
+
+
+def flops_of_steps(config: ConfigDict, works: Sequence[Work]) -> np.ndarray:
+    """Model FLOPs of training steps, forward and backward, each with its own C and R, float64 (n,).
+
+    Args:
+      config: validated.
+      works: of each, as `works_of_steps` gives them; R may be a mean.
+    """
+    spec, _, recurrence, _ = _described(config)
+    length = config.data.sequence_length
+    per_token = {work: work_flops_per_token(spec, recurrence, length, work) for work in set(works)}
+    return np.array([per_token[work] for work in works], np.float64) * config.data.batch_size * length
+
+
+def _described(config: ConfigDict) -> tuple[ModelSpec, RecurrenceSpec, Recurrence, TrainSchedule]:
+    """The model, the method, and what training draws."""
+    # Which attention and which loops it will be says nothing about what has to be computed.
+    spec = dataclasses.replace(ModelSpec(**config.model), attention="xla", loops="rolled", remat="none")
+    recurrence_spec = RecurrenceSpec(**config.recurrence)
+    schedule = TrainSchedule.of(recurrence_spec, config.train.num_steps)
+    return spec, recurrence_spec, make_recurrence(recurrence_spec), schedule
 
 
 def _count_parameters(model: LanguageModel) -> tuple[int, int]:

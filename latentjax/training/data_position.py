@@ -6,6 +6,8 @@ from pathlib import Path
 
 from latentjax.data.skips import Skip, skips_from_json, skips_to_json
 from latentjax.errors import UserError
+from latentjax.training import processes
+from latentjax.training.agreement import numbers_of_first, text_of_first
 from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.run_directory import write_durably
 
@@ -30,6 +32,15 @@ def read_skips(workdir: Path) -> tuple[Skip, ...]:
         ) from error
 
 
+def skips_of_run(workdir: Path) -> tuple[Skip, ...]:
+    """Returns what `read_skips` finds in the first process; to be called in all.
+
+    A file system that shows the others an older file, or none, would have them train on other batches.
+    """
+    found = processes.on_first(lambda: read_skips(workdir)) or ()
+    return skips_from_json(json.loads(text_of_first(json.dumps(skips_to_json(found)))))
+
+
 def write_skips(workdir: Path, skips: Sequence[Skip]) -> None:
     """Writes them so that they outlast whatever happens next.
 
@@ -44,19 +55,25 @@ def write_skips(workdir: Path, skips: Sequence[Skip]) -> None:
 
 
 def remove_abandoned(checkpoints: Checkpoints, skips: Sequence[Skip]) -> None:
-    """Removes checkpoints that a run went back from and had no time to remove itself.
+    """Removes checkpoints that a run went back from and had no time to remove itself; to be called in all processes.
 
     Such a one is of a later step than the one gone back to, and does not know of it.
     """
     if not skips:
         return
+    steps = checkpoints.steps
+    abandoned = processes.on_first(lambda: [step for step in steps if _is_abandoned(checkpoints, step, skips)])
+    for step in numbers_of_first(abandoned or ()):
+        checkpoints.delete(step)
+
+
+def _is_abandoned(checkpoints: Checkpoints, step: int, skips: Sequence[Skip]) -> bool:
     # What was gone back to since a checkpoint knew of so many skips; later steps than that it must not be of.
     limits = [min(skip.step for skip in skips[known:]) for known in range(len(skips))]
-    for step in checkpoints.steps:
-        if step > min(limits):
-            notes = checkpoints.notes(step)
-            if notes is None:
-                continue  # damaged: nobody goes on from there
-            known = len(notes.get("data_skips", ()))
-            if known < len(skips) and step > limits[known]:
-                checkpoints.delete(step)
+    if step <= min(limits):
+        return False
+    notes = checkpoints.notes(step)
+    if notes is None:
+        return False  # damaged: nobody goes on from there
+    known = len(notes.get("data_skips", ()))
+    return known < len(skips) and step > limits[known]

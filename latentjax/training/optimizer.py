@@ -29,8 +29,8 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def keep_unless(taken: jax.Array, after: optax.OptState, before: optax.OptState) -> optax.OptState:
-    """Chooses the optimizer's state `after` an update where it was `taken`, else that `before`.
+def keep_unless(taken: jax.Array, after: Any, before: Any) -> Any:
+    """Chooses parameters and optimizer state `after` an update where it was `taken`, else those `before`.
 
     A skipped update leaves the moments as they are, and with them Adam's count of the updates in them, by which their
     bias is corrected. The schedule's count goes on, for it is the number of the step: the learning rate is a function

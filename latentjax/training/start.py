@@ -22,7 +22,7 @@ from latentjax.training import processes, programs, run_directory
 from latentjax.training.anomalies import Monitor
 from latentjax.training.checkpoint import Checkpoints
 from latentjax.training.checkpoint_files import directory_of
-from latentjax.training.data_position import read_skips, remove_abandoned
+from latentjax.training.data_position import remove_abandoned, skips_of_run
 from latentjax.training.goodput import Goodput
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
@@ -192,7 +192,7 @@ def prepare_run(
         train_steps={},
         eval_step=None,
         abstract_state=abstract,
-        skips=read_skips(workdir),
+        skips=skips_of_run(workdir),
         start_clock=start_clock,
         goodput=goodput,
         initial_params=initial_params,

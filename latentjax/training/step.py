@@ -81,8 +81,7 @@ def make_train_step(
         grad_norm = optax.global_norm(grads)
         # Chosen leaf by leaf: that melts into the update, which has the old values at hand. A branch would copy them.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
-        opt_state = keep_unless(finite, opt_state, state.opt_state)
+        params, opt_state = keep_unless(finite, (params, opt_state), (state.params, state.opt_state))
         counts = _count(state.counts, ~finite, batch["loss_weights"] if counts_damage else None)
         metrics = {
             "loss": loss,

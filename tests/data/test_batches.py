@@ -217,6 +217,19 @@ def test_evaluation_windows_are_spread_evenly_and_fixed(row, data, bytes_per_id)
         assert_same(batch, joined(parts))
 
 
+def test_windows_of_any_number_are_the_same_in_batches_of_any_size(row, data, bytes_per_id):
+    windows, wanted = windows_of(row), B + 1
+    data.mask_documents = False
+    chosen = windows[[place * len(windows) // wanted for place in range(wanted)]]
+    for size in (B, 2 * B):
+        data.batch_size = size
+        batches = eval_batches(row, data, 2, eod_id=EOD, bytes_per_id=bytes_per_id, num_windows=wanted)
+        whole = joined(list(batches))
+        assert len(whole["tokens"]) == 2 * B
+        np.testing.assert_array_equal(whole["tokens"][:wanted], chosen)
+        assert (whole["loss_weights"][:wanted] == 1).all() and (whole["loss_weights"][wanted:] == 0).all()
+
+
 @pytest.mark.parametrize("mask_documents", [False, True])
 @pytest.mark.parametrize("num_hosts", [1, 4])
 def test_a_short_row_is_used_whole_and_padded_with_weight_0(row, data, bytes_per_id, mask_documents, num_hosts):

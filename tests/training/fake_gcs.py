@@ -21,6 +21,9 @@ class Bucket:
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.room: int | None = None  # bytes that there is room for; None: any number
+        self.changes_left: int | None = None  # writes and deletions that are not yet refused; None: any number
+        self.hidden = ""  # objects with this in their names may not be read
+        self.reads: list[tuple[str, int, int]] = []  # of contents: name, first byte, and the one behind the last
         self.lock, self._generation = threading.Lock(), 0
 
     def write(self, name: str, content: bytes, expected: str | None) -> dict | None:
@@ -50,6 +53,14 @@ class Bucket:
             "updated": "2026-01-01T00:00:00.000Z",
             "timeCreated": "2026-01-01T00:00:00.000Z",
         }
+
+    def may_change(self) -> bool:
+        """Whether one more write or deletion is taken; counts it."""
+        with self.lock:
+            if self.changes_left is None:
+                return True
+            self.changes_left -= 1
+            return self.changes_left >= 0
 
     def is_full(self, more: int) -> bool:
         """Whether there is no room for so many bytes more."""
@@ -91,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, {"kind": "storage#bucket", "name": BUCKET, "location": "US"})
         if name not in self.bucket.objects:
             return self._fail(404)
+        if self.bucket.hidden and self.bucket.hidden in name:
+            return self._fail(403)
         content, generation = self.bucket.objects[name]
         wanted = query.get("generation") or query.get("ifGenerationMatch")
         if wanted is not None and wanted != str(generation):
@@ -105,8 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
             if first >= len(content):
                 return self._fail(416)
             last = min(last, len(content) - 1)
+            self.bucket.reads.append((name, first, last + 1))
             span = f"bytes {first}-{last}/{len(content)}"
             return self._answer(206, content[first : last + 1], Content_Range=span, **stamps)
+        self.bucket.reads.append((name, 0, len(content)))
         return self._answer(200, content, **stamps)
 
     def do_POST(self) -> None:
@@ -118,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
             source, target = map(unquote, found.groups())
             if source not in self.bucket.objects:
                 return self._fail(404)
+            if not self.bucket.may_change():
+                return self._fail(403)
             resource = self.bucket.write(target, self.bucket.objects[source][0], expected)
             return self._answer(200, {"done": True, "resource": resource})
         kind, name = query.get("uploadType"), query.get("name", "")
@@ -131,6 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
             mark = re.search(r"boundary=['\"]?([^'\";]+)", self.headers["Content-Type"])[1].encode()
             parts = [re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in body.split(b"--" + mark)[1:3]]
             name, body = json.loads(parts[0])["name"], re.sub(rb"\r?\n$", b"", parts[1])
+        elif kind != "media":
+            return self._fail(400)  # something that nobody has asked of it yet
         return self._store(name, body, expected)
 
     def do_PUT(self) -> None:
@@ -149,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         path, query, _ = self._request()
         name, expected = self._object_of(path), query.get("ifGenerationMatch")
+        if not self.bucket.may_change():
+            return self._fail(403)
         with self.bucket.lock:
             if name not in self.bucket.objects:
                 return self._fail(404)
@@ -158,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(204)
 
     def _store(self, name: str, content: bytes, expected: str | None) -> None:
-        if self.bucket.is_full(len(content)):
+        if self.bucket.is_full(len(content)) or not self.bucket.may_change():
             return self._fail(403)
         written = self.bucket.write(name, content, expected)
         return self._fail(412) if written is None else self._answer(200, written)
@@ -198,8 +219,11 @@ def served() -> Iterator[tuple[Bucket, dict[str, str]]]:
     server = _Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
+    environment = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    # Which kind of bucket it is, gcsfs would ask another service, again and again.
+    environment["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     try:
-        yield bucket, {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+        yield bucket, environment
     finally:
         server.shutdown()
         server.server_close()

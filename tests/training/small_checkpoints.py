@@ -1,5 +1,6 @@
 """Checkpoints of a few small arrays, quick to write, to damage and to read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def state(step: int, width: int = 17) -> dict[str, Any]:
     return jax.device_put(arrays, sharding())
 
 
-def opened(directory: Path, width: int = 17, **knobs: Any) -> tuple[Checkpoints, list[str]]:
+def opened(directory: Path | str, width: int = 17, **knobs: Any) -> tuple[Checkpoints, list[str]]:
     """The checkpoints of a directory, and the lines that they say."""
     config = default().checkpoint
     config.update(knobs)
@@ -48,3 +49,15 @@ def restored(checkpoints: Checkpoints) -> int:
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state(notes["step"])), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     return notes["step"]
+
+
+def faults(data: bytes, flips: int) -> Iterator[bytes | None]:
+    """What a file may have become; None: deleted."""
+    yield from (data[: len(data) // 2], data[:-1], b"", None)
+    for number in range(flips):
+        yield flipped(data, len(data) * number // flips, number % 8)
+
+
+def flipped(data: bytes, place: int, bit: int) -> bytes:
+    """With one bit of the byte at `place` turned over."""
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import orbax.checkpoint as ocp
 import pytest
 import recipes
-from small_checkpoints import opened, restored, save
+from small_checkpoints import faults, opened, restored, save
 from test_processes import run_together
 
 from latentjax.errors import UserError
@@ -31,14 +30,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def faults(data: bytes, flips: int) -> Iterator[bytes | None]:
-    """What a file may have become; None: deleted."""
-    yield from (data[: len(data) // 2], data[:-1], b"", None)
-    for number in range(flips):
-        place = len(data) * number // flips
-        yield data[:place] + bytes([data[place] ^ 1 << number % 8]) + data[place + 1 :]
 
 
 def restore_every_fault(saved: Path, directory: Path, flips: int, every: int) -> int:

@@ -130,6 +130,17 @@ def test_the_last_good_one_is_kept_until_the_next_is_whole(tmp_path: Path, full_
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "4") == ["5"]
 
 
+def test_the_next_start_deletes_the_rest_of_a_save(tmp_path: Path):
+    """As a process that is killed while it writes, or while it deletes, leaves it behind."""
+    checkpoints, _ = opened(tmp_path)
+    save(checkpoints, 3)
+    checkpoints.close()
+    for name in ("5.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-deleted"):
+        shutil.copytree(tmp_path / "3", tmp_path / name)
+    checkpoints, said = opened(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["3"] and checkpoints.steps == [3] and said == []
+
+
 @pytest.mark.parametrize(
     ("last", "multiples", "deleted"),
     [(2, 0, [5, 10, 15]), (1, 10, [5, 15]), (9, 0, []), (1, 100, [5, 10, 15, 20])],

@@ -1,6 +1,5 @@
 """Going back from bad numbers: what is trained on after, and that kills change nothing of it."""
 
-import contextlib
 import json
 import re
 from pathlib import Path
@@ -10,55 +9,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import recipes
-from ml_collections import ConfigDict
+from bad_batches import BAD, BAD_BEHIND_FIRST, FIRST, NUM_STEPS, TAKEN, Batches, config_of
+from together import run_together
 
-from latentjax.data.windows import TrainBatches
+from latentjax.data.skips import Skip
 from latentjax.errors import UserError
 from latentjax.training import data_position, loop, rewinding, start
 from latentjax.training.checkpoint import RUN, Checkpoints
 from latentjax.training.metrics import read_metrics
 from latentjax.training.signals import StopRequest
 
-NUM_STEPS = 27
-
 
 class Killed(BaseException):
     """Ends a run as a kill does: nothing is caught, nothing saved."""
-
-
-def config_of(every_steps: int = 4, **train: object) -> ConfigDict:
-    """Steps 14 to 16 are looked at only after step 24: there is a checkpoint of step 20 by then."""
-    config = recipes.get_config("vanilla")
-    config.train.update(num_steps=NUM_STEPS, log_every_steps=12, eval_every_steps=0, sample_every_steps=0)
-    config.train.max_skipped_updates = 3
-    config.train.update(train)
-    config.checkpoint.update(every_steps=every_steps, max_to_keep=3)
-    return config
-
-
-class Batches:
-    """Stands between the data and the loop: spoils chosen batches, and keeps the numbers of those that were taken."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad, spoil=None):
-        self.bad, self.taken = bad, []
-        self.spoil = spoil or (lambda batch: batch["loss_weights"].__setitem__((0, 0), np.nan))
-        real = loop.train_batches
-
-        def train_batches(mixture, data, *, eod_id, start_step, rows, skips):
-            # Batches are known by what is in them, so that it does not matter how their numbers are worked out.
-            plain = TrainBatches(mixture, data, eod_id, 0, rows)
-            numbers = {plain[number]["tokens"].tobytes(): number for number in range(3 * NUM_STEPS)}
-            self.taken.append([])
-            batches = real(mixture, data, eod_id=eod_id, start_step=start_step, rows=rows, skips=skips)
-            with contextlib.closing(batches):
-                for batch in batches:
-                    number = numbers[batch["tokens"].tobytes()]
-                    self.taken[-1].append(number)
-                    if number in self.bad:
-                        self.spoil(batch)
-                    yield batch
-
-        monkeypatch.setattr(loop, "train_batches", train_batches)
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -105,7 +68,7 @@ def rewound(tmp_path_factory) -> tuple[Path, Batches]:
     """A run that three skipped updates in a row send back, on eight devices, and what it trained on."""
     workdir = tmp_path_factory.mktemp("runs") / "rewound"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        batches = Batches(monkeypatch, bad={13, 14, 15})
+        batches = Batches(monkeypatch, bad=BAD)
         loop.train(config_of(), workdir, StopRequest())
     return workdir, batches
 
@@ -125,6 +88,36 @@ def test_the_run_reads_on_behind_the_trouble(rewound):
     assert summary["rewinds"] == [skip] and summary["goodput"]["seconds"]["rewound"] > 0
     notes = ocp.JsonCheckpointHandler().restore(workdir / "checkpoints" / str(NUM_STEPS) / RUN)
     assert notes["data_position"]["sequences"] == (24 + NUM_STEPS - 12) * 8 and notes["data_skips"] == [skip]
+
+
+def test_two_processes_go_back_together(monkeypatch, tmp_path):
+    """Though only one of them has bad numbers: both at the same step, and on with the numbers of one process.
+
+    They have stepped over something before, which only the first finds in its directory.
+    """
+    first = Skip(0, FIRST, FIRST, "as if the first steps had been bad")
+    for workdir in (tmp_path / "one", tmp_path / "two" / "0"):
+        workdir.mkdir(parents=True)
+        data_position.write_skips(workdir, (first,))
+    batches = Batches(monkeypatch, BAD_BEHIND_FIRST)
+    loop.train(config_of(), tmp_path / "one", StopRequest())
+    assert batches.taken[0][:24] == list(range(3, 27)) and batches.taken[1] == list(range(27, 27 + NUM_STEPS - 12))
+
+    place = f"checkpoint.directory={tmp_path}/two/checkpoints"
+    recipe = str(Path(__file__).parent / "bad_batches.py")
+    for result in run_together(tmp_path / "two", "mesh.data=8", place, recipe=recipe, apart=True):
+        assert result.returncode == 0, result.stdout + result.stderr
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith(TAKEN)]
+        before, after = json.loads(line.removeprefix(TAKEN))
+        assert before[:24] == batches.taken[0][:24] and after == batches.taken[1]
+    ours, theirs = tmp_path / "two" / "0", tmp_path / "one"
+    assert (ours / "data_skips.json").read_text() == (theirs / "data_skips.json").read_text()
+    assert len(data_position.read_skips(ours)) == 2
+    log, whole = recipes.comparable_metrics(ours), recipes.comparable_metrics(theirs)
+    assert [line.keys() for line in log] == [line.keys() for line in whole]
+    for key in whole[0]:
+        np.testing.assert_allclose([line[key] for line in log], [line[key] for line in whole], atol=1e-5, err_msg=key)
+    assert saved_steps(tmp_path / "two") == saved_steps(theirs)
 
 
 def fail(*_: object, **__: object):
@@ -155,7 +148,7 @@ KILLS = {
 )
 def test_a_kill_anywhere_changes_nothing(rewound, monkeypatch, tmp_path, moment):
     expected, _ = rewound
-    batches = Batches(monkeypatch, bad={13, 14, 15})
+    batches = Batches(monkeypatch, bad=BAD)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         KILLS[moment](patch)
         loop.train(config_of(), tmp_path, StopRequest())
@@ -169,7 +162,7 @@ def test_a_kill_anywhere_changes_nothing(rewound, monkeypatch, tmp_path, moment)
 
 def test_a_kill_before_the_next_checkpoint_and_other_devices(rewound, monkeypatch, tmp_path):
     """It goes on with one device in place of eight: the same batches, and losses as near as sums in another order."""
-    batches = Batches(monkeypatch, bad={13, 14, 15})
+    batches = Batches(monkeypatch, bad=BAD)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         real = Checkpoints.save
 
@@ -211,14 +204,14 @@ def test_where_going_back_does_not_help_the_run_stops_with_a_line(monkeypatch, t
 
 
 def test_it_stops_at_once_if_asked_to(monkeypatch, tmp_path):
-    Batches(monkeypatch, bad={13, 14, 15})
+    Batches(monkeypatch, bad=BAD)
     with pytest.raises(UserError, match="after step 24, .*goes back to step 12 and steps over batches 12 to 23"):
         loop.train(config_of(on_bad_numbers="stop"), tmp_path, StopRequest())
     assert not (tmp_path / "data_skips.json").exists()
 
 
 def test_it_goes_on_if_asked_to(monkeypatch, tmp_path):
-    batches = Batches(monkeypatch, bad={13, 14, 15})
+    batches = Batches(monkeypatch, bad=BAD)
     summary = loop.train(config_of(100, on_bad_numbers="skip", num_steps=17), tmp_path, StopRequest())
     assert batches.taken == [list(range(17))] and summary["skipped_updates"] == 3
 

@@ -11,15 +11,17 @@ import recipes
 from latentjax.training.metrics import read_metrics
 
 
-def start_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.Popen]:
-    """Starts the command line in processes of 8 devices in all."""
+def start_together(
+    workdir: Path, *overrides: str, num_processes: int = 2, recipe: str = str(recipes.RECIPE), apart: bool = False
+) -> list[subprocess.Popen]:
+    """Starts the command line in processes of 8 devices in all; `apart`: each in a directory of its own, WORKDIR/n."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     return [
         subprocess.Popen(
             [
-                *recipes.command(workdir, *overrides),
+                *recipes.command(workdir / str(number) if apart else workdir, *overrides, recipe=recipe),
                 *("--coordinator", coordinator, "--num_processes", str(num_processes), "--process_id", str(number)),
             ],
             env=recipes.environment(8 // num_processes),
@@ -31,10 +33,12 @@ def start_together(workdir: Path, *overrides: str, num_processes: int = 2) -> li
     ]
 
 
-def run_together(workdir: Path, *overrides: str, num_processes: int = 2) -> list[subprocess.CompletedProcess]:
-    """Runs the command line in processes of 8 devices in all, to their ends."""
+def run_together(
+    workdir: Path, *overrides: str, num_processes: int = 2, recipe: str = str(recipes.RECIPE), apart: bool = False
+) -> list[subprocess.CompletedProcess]:
+    """Runs the command line in processes of 8 devices in all, to their ends; see `start_together`."""
     results = []
-    for process in start_together(workdir, *overrides, num_processes=num_processes):
+    for process in start_together(workdir, *overrides, num_processes=num_processes, recipe=recipe, apart=apart):
         out, err = process.communicate(timeout=300)
         results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return results

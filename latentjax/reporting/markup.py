@@ -1,0 +1,40 @@
+"""Writing HTML: everything that is not markup already is escaped."""
+
+import html
+from collections.abc import Iterable
+
+_EMPTY = frozenset(("br", "col", "hr", "meta"))
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+def element(name: str, /, *children: str | Iterable[str] | None, **attributes: str | None) -> Markup:
+    """Returns an element.
+
+    Args:
+      children: texts, which are escaped, `Markup`, which is not, or iterables of them; None is left out.
+      attributes: a trailing underscore is dropped (`class_`) and others become hyphens; None is left out.
+    """
+    opening = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    if name in _EMPTY:
+        return Markup(f"<{name}{opening}>")
+    return Markup(f"<{name}{opening}>{joined(children)}</{name}>")
+
+
+def joined(children: str | Iterable[str] | None) -> Markup:
+    """Returns texts, markup and iterables of them as one piece of markup."""
+    if children is None:
+        return Markup("")
+    if isinstance(children, Markup):
+        return children
+    if isinstance(children, str):
+        return Markup(html.escape(children, quote=False))
+    return Markup("".join(map(joined, children)))
