@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Pages of the site by their sources at the root.
 AT_THE_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 # In the navigation once they are there.
-OPTIONAL = ("results.md", "report.md", "contributing.md", "changelog.md")
+OPTIONAL = ("results.md", "contributing.md", "changelog.md")
 COPIES = "repository"
 
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
