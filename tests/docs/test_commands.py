@@ -179,7 +179,9 @@ def stops_before_the_work(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("latentjax.bench._load", load_and_stop)
     monkeypatch.setattr("latentjax.bench._treat_memory_as_the_trainer_does", lambda: None)
     monkeypatch.setattr("latentjax.training.processes.start", lambda *_: None)
+    monkeypatch.setattr("latentjax.opening.find_model", reach)  # whoever opens a model has read all flags
     monkeypatch.setattr("latentjax.evaluating.evaluate", evaluate_nothing)
+    monkeypatch.setattr("latentjax.diagnosing.diagnose", evaluate_nothing)
     monkeypatch.setattr("latentjax.exporting.export", reach)
     monkeypatch.setattr("latentjax.generating.open_generator", reach)
     monkeypatch.setattr("latentjax.generating.read_prompts", lambda path: ["a prompt"])
@@ -187,7 +189,7 @@ def stops_before_the_work(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("latentjax.prepare.TokenStore", reach)
 
 
-def evaluate_nothing(request, note):
+def evaluate_nothing(request, *_):
     config = default()
     for override in request.overrides:
         set_key(config, *override.split("=", 1))
