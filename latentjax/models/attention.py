@@ -14,7 +14,7 @@ import numpy as np
 from latentjax.errors import UserError
 from latentjax.models.attention_backend import AttentionBackend, AttentionRequest, choose
 from latentjax.models.attention_mesh import sequence_shards, shard_attention
-from latentjax.models.beside import Beside, KeysAndValues
+from latentjax.models.beside import BesideInLayer, KeysAndValues
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.gpu_attention import CUDNN, TOKAMAX
 from latentjax.models.rotary import rotate
@@ -173,7 +173,7 @@ def self_attention(
     backend: str,
     angles: tuple[jax.Array, jax.Array],
     segment_ids_BS: jax.Array | None,
-    cache: KeyValueCache | Beside | None,
+    cache: KeyValueCache | BesideInLayer | None,
     layer: jax.Array | int,
     queried: SlotRange,
     kept: SlotRange,
@@ -183,7 +183,7 @@ def self_attention(
     Args:
       q_BQHK: queries at the slots of `queried`, which is `wanted_queries(backend, kept)`.
       angles: of all S slots.
-      cache: where it is a `Beside`, all slots are queried and kept, and are those at its place.
+      cache: where it is a `BesideInLayer`, all slots are queried and kept, and are those at its place.
       kept: the slots whose results are returned; all of them where there is a cache, but for a prefill.
 
     Returns:
@@ -191,7 +191,7 @@ def self_attention(
     """
     q_BQHK = rotate(q_BQHK, tuple(queried.take(part) for part in angles))
     k_BSGK = rotate(k_BSGK, angles)
-    if isinstance(cache, Beside):
+    if isinstance(cache, BesideInLayer):
         return _attend_beside(q_BQHK, k_BSGK, v_BSGK, cache, backend, segment_ids_BS), (k_BSGK, v_BSGK)
     if cache is not None:
         cache = cache.write(layer, k_BSGK, v_BSGK)
@@ -205,7 +205,7 @@ def _attend_beside(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
-    beside: Beside,
+    beside: BesideInLayer,
     backend: str,
     segment_ids_BT: jax.Array | None,
 ) -> jax.Array:

@@ -6,6 +6,7 @@ stands alone: often a part of its outputs is thrown away, and then only its keys
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from latentjax.models import gpt2, gpt_neox, llama
-from latentjax.models.beside import Beside, KeysAndValues, PlaceKeys
+from latentjax.models.beside import Beside, BesideInLayer, KeysAndValues, PlaceKeys
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import PositionEmbedding
 from latentjax.models.layers import shard_activation
@@ -88,8 +89,8 @@ class Backbone(nn.Module):
           Hidden states (B, Q, D) of the Q kept slots in the compute dtype, after the final norm where the pass ends,
           and the cache with all S slots added; beside other slots, the keys and values of those that were fed.
         """
-        num_slots, caches = x_BSD.shape[1], isinstance(cache, KeyValueCache)
-        if caches:
+        num_slots = x_BSD.shape[1]
+        if isinstance(cache, KeyValueCache):
             if segment_ids_BS is None:
                 segment_ids_BS = jnp.zeros(x_BSD.shape[:2], jnp.int32)
             cache = cache.write_segments(segment_ids_BS)
@@ -97,8 +98,10 @@ class Backbone(nn.Module):
         if POLICIES[self.spec.remat].keeps_pass_inputs_only:
             stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5, 6, 7))
         x_BSD = x_BSD.astype(self.spec.compute_dtype)
-        hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
-        return hidden_BQD, cache.advance(self.spec.num_layers, num_slots) if caches else cache
+        hidden_BQD, left = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
+        if isinstance(left, KeyValueCache):
+            left = left.advance(self.spec.num_layers, num_slots)
+        return hidden_BQD, left
 
 
 def _apply_stack(
@@ -119,14 +122,17 @@ def _apply_stack(
         x_BSD = PositionEmbedding(spec, name="position_embedding")(x_BSD, positions_BS)
     x_BSD = shard_activation(x_BSD, "batch", "slots", None)
     angles = rotary_angles(positions_BS, spec.rotary_dims, spec.rope_theta)
-    num_scanned, is_beside, own_keys = spec.num_layers - 1, isinstance(cache, Beside), None
+    num_scanned, own_keys = spec.num_layers - 1, None
 
     def apply_layer(layer_module: nn.Module, carry: tuple, layer: jax.Array) -> tuple[Any, None]:
         x_BSD, cache = carry
         return layer_module(x_BSD, angles, segment_ids_BS, cache, layer), None
 
-    def apply_beside(layer_module: nn.Module, x_BSD: jax.Array, layer: tuple) -> tuple[jax.Array, KeysAndValues]:
-        return layer_module(x_BSD, angles, segment_ids_BS, layer[1], layer[0])
+    def apply_beside(
+        layer_module: nn.Module, x_BSD: jax.Array, layer: tuple[jax.Array, BesideInLayer]
+    ) -> tuple[jax.Array, KeysAndValues]:
+        index, beside = layer
+        return layer_module(x_BSD, angles, segment_ids_BS, beside, index)
 
     if spec.separates:
         for index in range(num_scanned):
@@ -135,22 +141,21 @@ def _apply_stack(
     elif num_scanned:
         # A loop keeps XLA from merging the forward computation with its repetition in the backward pass.
         layers = rematerialised(block, spec.remat, in_loop=not spec.unrolls)(spec, forwards_per_token, name="layers")
-        scanned = nn.scan(
-            apply_beside if is_beside else apply_layer,
+        scan = partial(
+            nn.scan,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=num_scanned,
             unroll=num_scanned if spec.unrolls else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        if is_beside:
-            x_BSD, own_keys = scanned(layers, x_BSD, (jnp.arange(num_scanned), cache.stacked))
+        if isinstance(cache, Beside):
+            x_BSD, own_keys = scan(apply_beside)(layers, x_BSD, (jnp.arange(num_scanned), cache.stacked))
         else:
-            (x_BSD, cache), _ = scanned(layers, (x_BSD, cache), jnp.arange(num_scanned))
-    if is_beside:
-        cache = cache.of_last_layer
+            (x_BSD, cache), _ = scan(apply_layer)(layers, (x_BSD, cache), jnp.arange(num_scanned))
+    seen = cache.of_last_layer if isinstance(cache, Beside) else cache
     last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, forwards_per_token, kept, name="last_layer")
-    x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, num_scanned)
+    x_BQD, left = last_layer(x_BSD, angles, segment_ids_BS, seen, num_scanned)
     if ends:
         x_BQD = architecture.final_norm(spec, "final_norm")(x_BQD)
-    return x_BQD, PlaceKeys(own_keys, cache) if is_beside else cache
+    return x_BQD, PlaceKeys(own_keys, left) if isinstance(cache, Beside) else left

@@ -27,23 +27,35 @@ class Beside:
     """The other slots of each token while a pass feeds those at one place.
 
     Attributes:
-      others: of each place in the order of slots, what a pass over it left; at `place`, which is fed now, None. In a
-        layer, its `KeysAndValues` alone.
+      others: of each place in the order of slots, what a pass over it left; at `place`, which is fed now, None.
       place: static.
     """
 
-    others: tuple[PlaceKeys | KeysAndValues | None, ...]
+    others: tuple[PlaceKeys | None, ...]
     place: int = flax.struct.field(pytree_node=False)
 
     @property
-    def stacked(self) -> "Beside":
-        """Of all layers but the last, to be scanned over."""
-        return self.replace(others=tuple(None if each is None else each.layers for each in self.others))
+    def stacked(self) -> "BesideInLayer":
+        """Of all layers but the last, of which there are some, to be scanned over."""
+        return BesideInLayer(tuple(None if each is None else each.layers for each in self.others), self.place)
 
     @property
-    def of_last_layer(self) -> "Beside":
+    def of_last_layer(self) -> "BesideInLayer":
         """Of the last layer."""
-        return self.replace(others=tuple(None if each is None else each.last for each in self.others))
+        return BesideInLayer(tuple(None if each is None else each.last for each in self.others), self.place)
+
+
+@flax.struct.dataclass
+class BesideInLayer:
+    """What one layer sees of `Beside`.
+
+    Attributes:
+      others: of each place its keys and values in this layer; at `place` None.
+      place: static.
+    """
+
+    others: tuple[KeysAndValues | None, ...]
+    place: int = flax.struct.field(pytree_node=False)
 
     @property
     def slots(self) -> SlotRange:
@@ -51,7 +63,7 @@ class Beside:
         return SlotRange(len(self.others), self.place, self.place + 1)
 
     def with_own(self, k_BTGK: jax.Array, v_BTGK: jax.Array) -> KeysAndValues:
-        """Keys and values of all slots in order, (B, S, G, K), in one layer."""
+        """Keys and values of all slots in order, (B, S, G, K)."""
         own = (k_BTGK, v_BTGK)
         parts = [own if each is None else each for each in self.others]
         return interleave([keys for keys, _ in parts]), interleave([values for _, values in parts])

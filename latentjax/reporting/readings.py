@@ -64,13 +64,15 @@ def equal_inference(settings: Sequence[Setting], tolerance: float) -> list[Equal
     Returns:
       The groups of two or more, the cheapest first.
     """
-    groups: list[list[Setting]] = []
-    for setting in sorted((each for each in settings if each.loss), key=_decode_flops):
-        if groups and _decode_flops(setting) <= (1 + tolerance) * _decode_flops(groups[-1][0]):
-            groups[-1].append(setting)
+    groups: list[list[tuple[Setting, Estimate]]] = []
+    for setting in sorted(settings, key=_decode_flops):
+        if (loss := setting.loss) is None:
+            continue
+        if groups and _decode_flops(setting) <= (1 + tolerance) * _decode_flops(groups[-1][0][0]):
+            groups[-1].append((setting, loss))
         else:
-            groups.append([setting])
-    return [EqualInference(_rank([(each, each.loss) for each in group])) for group in groups if len(group) > 1]
+            groups.append([(setting, loss)])
+    return [EqualInference(_rank(group)) for group in groups if len(group) > 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,17 +169,16 @@ def _rank(losses: Sequence[tuple[Setting, Estimate]]) -> tuple[Ranked, ...]:
 
 def _ranking(ranked: Sequence[Ranked], decimals: int) -> str:
     """The end of a sentence: who is lowest, and how far the others are above, next to the spread."""
-    lowest, *others = ranked
-    parts = [
-        f"{each.setting.label} by {written(each.over_lowest.value, decimals)} ({verdict(each)})" for each in others
-    ]
+    lowest = ranked[0]
+    gaps = [(each.setting.label, each.over_lowest) for each in ranked if each.over_lowest is not None]
+    parts = [f"{label} by {written(gap.value, decimals)} ({verdict(gap)})" for label, gap in gaps]
     loss = written(lowest.loss.mean, decimals)
     return f"{lowest.setting.label} has the lowest held-out loss, {loss}. Above it: {'; '.join(parts)}."
 
 
-def verdict(each: Ranked) -> str:
+def verdict(over_lowest: Difference) -> str:
     """Whether a setting is above the lowest by more than the spread, in a few words."""
-    exceeds = each.over_lowest.exceeds_spread
+    exceeds = over_lowest.exceeds_spread
     if exceeds is None:
         return "spread not known"
     return "more than the spread" if exceeds else "within the spread"

@@ -67,7 +67,7 @@ class RunRecord:
       is_finished: whether it came to its last step.
       diverged: whether its last evaluation, or its last step, gave no finite number.
       wall_seconds: of all its starts, or None where nothing says.
-      tokenizer: fingerprint of the one that it keeps, or None.
+      tokenizer: fingerprint of the one that it keeps, "" where nothing says.
       devices: as summary.json names them, "" if it has not ended.
       versions: of packages, likewise.
       diagnostics: of its refinement passes, if they were measured.
@@ -83,7 +83,7 @@ class RunRecord:
     is_finished: bool
     diverged: bool
     wall_seconds: float | None
-    tokenizer: str | None
+    tokenizer: str
     devices: str
     versions: dict[str, str]
     diagnostics: Diagnostics | None
@@ -284,6 +284,6 @@ def _booked_seconds(path: Path) -> float:
     return math.fsum(finite(each) for each in seconds.values())
 
 
-def _fingerprint(path: Path) -> str | None:
+def _fingerprint(path: Path) -> str:
     value = _read_object(path, []).get("fingerprint")
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) else ""

@@ -101,7 +101,7 @@ def group(runs: Sequence[RunRecord], labels: Sequence[str] | None = None) -> lis
       UserError: the labels are not as many as the settings, or not different.
     """
     groups: dict[Any, list[RunRecord]] = {}
-    knows_tokenizers = all(run.tokenizer is not None for run in runs)
+    knows_tokenizers = all(run.tokenizer for run in runs)
     for run in runs:
         # One that is trained on the corpus may be another with the same config.
         tokenizer = {"tokenizer.fingerprint": run.tokenizer[:8]} if knows_tokenizers else {}
@@ -187,7 +187,7 @@ def comparable_groups(settings: Sequence[Setting]) -> tuple[list[list[Setting]],
       thing that makes a comparison less than perfect.
     """
     all_runs = [run for setting in settings for run in setting.runs]
-    knows_tokenizers = all(run.tokenizer is not None for run in all_runs)
+    knows_tokenizers = all(run.tokenizer for run in all_runs)
     groups: dict[Any, list[Setting]] = {}
     identities = []
     for setting in settings:

@@ -60,7 +60,7 @@ def inference_table(found: EqualInference, results: Results, decimals: int) -> M
     rows = []
     for each in found.ranked:
         flops = each.setting.runs[0].cost.decode_flops
-        gap = each.over_lowest
+        trained, gap = _train_flops(each.setting, results), each.over_lowest
         spread = None if gap is None else gap.spread
         rows.append(
             element(
@@ -68,12 +68,12 @@ def inference_table(found: EqualInference, results: Results, decimals: int) -> M
                 _name(results.settings.index(each.setting), each.setting),
                 element("td", f"{scaled(flops)}FLOPs", class_="number"),
                 element("td", f"{flops / found.cheapest:.3f}", class_="number"),
-                element("td", f"{scaled(_train_flops(each.setting, results))}FLOPs", class_="number"),
+                element("td", _NONE if trained is None else f"{scaled(trained.mean)}FLOPs", class_="number"),
                 element("td", _with_spread(each.loss, decimals), class_="number"),
                 element("td", str(each.loss.n), class_="number"),
                 element("td", _NONE if gap is None else signed(gap.value, decimals), class_="number"),
                 element("td", _NONE if spread is None else written(spread, decimals), class_="number"),
-                element("td", "lowest" if gap is None else verdict(each)),
+                element("td", "lowest" if gap is None else verdict(gap)),
             )
         )
     heads = (
@@ -97,7 +97,7 @@ def training_table(found: EqualTraining, results: Results, decimals: int) -> Mar
     """A column for each budget; the lowest of it stands out, and what is not at the end of its schedule is marked."""
     lowest = []
     for column in range(len(found.budgets)):
-        means = [row[column].loss.mean for row in found.reached if row[column].loss is not None]
+        means = [loss.mean for row in found.reached if (loss := row[column].loss) is not None]
         lowest.append(min(means) if len(means) > 1 else None)
     rows = []
     for setting, row in zip(found.settings, found.reached, strict=True):
@@ -176,10 +176,10 @@ def runs_table(results: Results) -> Markup:
     return scroller(element("table", head, element("tbody", rows)), "All runs")
 
 
-def _train_flops(setting: Setting, results: Results) -> float:
+def _train_flops(setting: Setting, results: Results) -> Estimate | None:
     """As the final table has it."""
     at = [column.key for column in COLUMNS].index("train_flops")
-    return results.rows[results.settings.index(setting)].estimates[at].mean
+    return results.rows[results.settings.index(setting)].estimates[at]
 
 
 def _formatted(column: Column, estimates: Sequence[Estimate | None]) -> tuple[str, list[str | Markup]]:

@@ -123,7 +123,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The account in a file; None where there is none, or something else."""
     try:
         account = json.loads(path.read_text(encoding="utf-8"))
-        float(account["seconds"][STEPS]), float(account["downtime"]), int(account["starts"]), float(account["time"])
+        for number in (account["seconds"][STEPS], account["downtime"], account["time"]):
+            float(number)
+        int(account["starts"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nobody should lose a run over it
     return account
