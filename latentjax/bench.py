@@ -272,7 +272,7 @@ def _compare(config: "ConfigDict", flags: argparse.Namespace) -> dict[str, Any]:
     from latentjax.training.circumstances import circumstance_lines, circumstances
 
     platform = jax.devices()[0].platform
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     device = torch_peer.use_device(platform, threads)
     maker = _peer_maker(device, flags.variant)
     agreement, times = peer_benchmark.compare(config, maker, flags.rounds, flags.steps, Progress(True))

@@ -35,6 +35,14 @@ class LineParser(argparse.ArgumentParser):
         raise UserError(f"{brief(message, 300)} (--help lists the flags)")
 
 
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `training.processes.start` takes, of a program that several processes run together."""
+    group = parser.add_argument_group("several processes (those of Slurm, Open MPI and TPU pods need none of this)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where several are started by hand")
+    group.add_argument("--num_processes", type=int, help="with --coordinator: how many there are")
+    group.add_argument("--process_id", type=int, help="with --coordinator: which of them this is, from 0")
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Takes `--config.KEY=VALUE` (or `--config.KEY VALUE`) out of a command line.
 

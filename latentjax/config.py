@@ -9,16 +9,15 @@ import difflib
 import inspect
 import json
 import runpy
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from latentjax.errors import UserError, brief, shown
+from latentjax.recipes import find_recipe, neighbours_importable
 
 ALIASES = {"init_from": "train.init_from"}  # other names of knobs, on the command line
 # What messages call the types that values have.
@@ -57,6 +56,7 @@ def default() -> ConfigDict:
     recurrence.train_schedule = ()  # (latent) stages: ((share of num_steps from which on, C, (R, ..)), ...); (): one
     recurrence.handover_ratio = 0.0  # share of num_steps in which a stage takes over, ever more steps being of it
     recurrence.train_tolerance = 0.0  # (latent) refine until thoughts change by no more than this; 0.0: R times
+    recurrence.refinement = "full"  # (latent) of thoughts in training: full passes, or alternating, slot by slot
     recurrence.scale_embeddings = True  # of latent by sqrt(2.5 D), of pause and ponder by sqrt(D); loop's always are
     recurrence.pause_token_id = -1  # the token that pause inserts; -1: the last of the vocabulary, which no text has
     recurrence.ponder_chunk_tokens = 0  # tokens per sequence whose probabilities ponder holds at once; 0: all
@@ -160,31 +160,23 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Runs a recipe and applies overrides.
 
     Args:
-      recipe: path of a Python file, with `:arg` behind it where its `get_config` takes an argument.
+      recipe: path of a Python file, or the name of one that comes with latentjax (`recipes.find_recipe`), with `:arg`
+        behind it where its `get_config` takes an argument.
       overrides: `dotted.key=value` strings, applied in order.
 
     Raises:
       UserError: no such file, a recipe that fails or returns something else, an unknown key, a value of another type.
     """
-    path, _, argument = recipe.partition(":")
-    try:
-        is_file = Path(path).is_file()
-    except OSError:  # a name longer than the file system has
-        is_file = False
-    if not is_file:
-        raise UserError(
-            f"no recipe at {shown(path, 200)}: give --config the path of a Python file such as configs/quickstart.py"
-        )
-    sys.path.insert(0, str(Path(path).resolve().parent))  # a recipe may build on the one beside it
-    try:
+    text, _, argument = recipe.partition(":")
+    found = find_recipe(text)
+    path = str(found)
+    with neighbours_importable(found):
         get_config = _run(path, runpy.run_path, path).get("get_config")
-    finally:
-        sys.path.pop(0)
-    if not callable(get_config):
-        raise UserError(f"{path} defines no get_config(): a recipe returns its config from that function")
-    if argument and not _run(path, inspect.signature, get_config).parameters:
-        raise UserError(f"{path} takes no argument, but was given {shown(':' + argument)}")
-    config = _run(path, get_config, *([argument] if argument else []))
+        if not callable(get_config):
+            raise UserError(f"{path} defines no get_config(): a recipe returns its config from that function")
+        if argument and not _run(path, inspect.signature, get_config).parameters:
+            raise UserError(f"{path} takes no argument, but was given {shown(':' + argument)}")
+        config = _run(path, get_config, *([argument] if argument else []))
     if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(default()).keys():
         raise UserError(f"{path}: get_config() must return a config made by latentjax.config.default()")
     for override in overrides:

@@ -129,8 +129,12 @@ class EvaluationResult:
         return lines
 
 
-def evaluate(request: EvaluationRequest, note: Callable[[str], None]) -> EvaluationResult:
+def evaluate(request: EvaluationRequest, config: ConfigDict, note: Callable[[str], None]) -> EvaluationResult:
     """Does what the flags say; with several processes all compute together and come to the same result.
+
+    Args:
+      config: of `evaluation_config`; is changed.
+      note: is told what a user should know.
 
     Raises:
       UserError: anything about the flags, the checkpoint, the data, the mesh or the tasks that the user can mend.
@@ -140,7 +144,6 @@ def evaluate(request: EvaluationRequest, note: Callable[[str], None]) -> Evaluat
         from latentjax.interop.harness import Tasks  # slow to import; and what is amiss with it is said at once
 
         tasks = Tasks(request.tasks, request.include_path)
-    config = evaluation_config(request)
     programs.use_compilation_cache(config.train.compilation_cache)
     opened = open_model(
         request.checkpoint,
@@ -178,7 +181,11 @@ def evaluate(request: EvaluationRequest, note: Callable[[str], None]) -> Evaluat
 
 
 def evaluation_config(request: EvaluationRequest) -> ConfigDict:
-    """The run's config, or one for a folder, on a mesh for the devices that are here; with the user's overrides."""
+    """Returns the run's config, or one for a folder, on a mesh for all devices; with the user's overrides.
+
+    Raises:
+      UserError: the run's config cannot be read; an override of what is the model's, or of nothing that there is.
+    """
     of_run = is_run(request.checkpoint)
     config = read_run_config(Path(request.checkpoint).expanduser()) if of_run else config_lib.default()
     config.mesh.update(config_lib.default().mesh)
@@ -272,6 +279,7 @@ def _on_text(
     }
     lowered = programs.lower_eval_step(config, model, opened.mesh, opened.params, refinement.tolerance)
     eval_step, weights = programs.compile_lowered(lowered, opened.mesh), []
+    processes.wait_for_all("compiled")
 
     def counted_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         sums = eval_step(params, batch)

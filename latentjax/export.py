@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
     from latentjax.exporting import ExportRequest, export
     from latentjax.interop.hub_upload import check_repository, push
     from latentjax.interop.writing import parse_size
+    from latentjax.training import processes
 
+    processes.refuse_several("export")
     request = ExportRequest(
         checkpoint=flags.checkpoint,
         step=flags.step,

@@ -6,6 +6,7 @@ python -m latentjax.generate --checkpoint EleutherAI/pythia-160m --interactive
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _STREAMED_AT_ONCE = 4  # tokens between two pieces of text on the screen
 _MOST_NEW_TOKENS = 128
+_SHOWN_CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_SHOWN_CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def _parser() -> LineParser:
@@ -67,8 +70,10 @@ def main(argv: Sequence[str]) -> int:
     flags = _parser().parse_args(arguments)
     _check(flags)
     from latentjax.generating import open_generator, read_prompts
+    from latentjax.training import processes
     from latentjax.training.completion import Sampling
 
+    processes.refuse_several("generate")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     sampling.check()
     prompts = list(flags.prompt or ())
@@ -111,16 +116,19 @@ def _room_behind(generator: "Generator", prompts: Sequence[str], flags: argparse
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text)
+    # A terminal obeys control characters, which models that know bytes write now and then: they are shown instead.
+    sys.stdout.write(text.translate(_SHOWN_CONTROLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def _stream(generator: "Generator", prompt: str, flags: argparse.Namespace, sampling: "Sampling") -> int:
     """Writes the prompt, and what follows as it comes."""
+    num_tokens = _room_behind(generator, [prompt], flags)
+    generator.encode_all([prompt], num_tokens)  # a prompt that is refused is not written
     _say(prompt)
     generator.generate(
         [prompt],
-        _room_behind(generator, [prompt], flags),
+        num_tokens,
         sampling,
         stops=flags.stop,
         on_text=lambda index, text: _say(text),
@@ -155,16 +163,20 @@ def _print_all(generator: "Generator", prompts: Sequence[str], flags: argparse.N
 
 
 def _converse(generator: "Generator", flags: argparse.Namespace, sampling: "Sampling") -> int:
-    """Continues one line after another. Ctrl-C ends a continuation, Ctrl-D (or Ctrl-C at the prompt) the program."""
-    import readline  # noqa: F401 - gives `input` its line editing
+    """Continues one line after another. Ctrl-C ends a continuation, or drops what was typed; Ctrl-D the program."""
+    with contextlib.suppress(ImportError):  # some builds of Python have none
+        import readline  # noqa: F401 - gives `input` its line editing
 
     print("Type a prompt; Ctrl-C ends its continuation, Ctrl-D leaves.", file=sys.stderr)
     for number in range(2**32):
         try:
             prompt = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print(file=sys.stderr)
             return 0
+        except KeyboardInterrupt:  # one that came a moment too late must not end it all
+            print(file=sys.stderr)
+            continue
         try:
             _stream(generator, prompt, flags, dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32))
         except KeyboardInterrupt:

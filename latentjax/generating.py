@@ -130,6 +130,22 @@ class Generator:
         ids = [*self._first_ids, *map(int, self.tokenizer.encode(prompt))]
         return ids or [self.tokenizer.eod_id]
 
+    def encode_all(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+        """Ids of prompts, of which each leaves room for `max_new_tokens`.
+
+        Raises:
+          UserError: one does not, or is no text.
+        """
+        encoded = [self.encode(prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) + max_new_tokens > self.max_length:
+                raise UserError(
+                    f"the prompt {shown(prompt, 40)} has {len(ids)} tokens, and with {max_new_tokens} to come that is "
+                    f"more than the model's {self.max_length} positions: shorten it"
+                    + (", or lower --max_new_tokens" if max_new_tokens > 1 else "")
+                )
+        return encoded
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -158,13 +174,7 @@ class Generator:
           UserError: a prompt and its continuation are more than the model's positions; sampling out of range.
         """
         rows = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
-        encoded = [self.encode(prompt) for prompt, _ in rows]
-        for (prompt, _), ids in zip(rows, encoded, strict=True):
-            if len(ids) + max_new_tokens > self.max_length:
-                raise UserError(
-                    f"the prompt {shown(prompt, 40)} has {len(ids)} tokens, and with {max_new_tokens} new ones that is "
-                    f"more than the model's {self.max_length} positions: shorten it, or lower --max_new_tokens"
-                )
+        encoded = self.encode_all([prompt for prompt, _ in rows], max_new_tokens)
         streams = [TextStream(self.tokenizer, stops) for _ in rows]
 
         def watch(index: int, ids: list[int]) -> bool:

@@ -141,7 +141,7 @@ class _Peer:
             from transformers import AutoModelForCausalLM
         except ImportError as error:
             raise UserError("the peer needs torch and transformers: pip install 'latentjax[peer]'") from error
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._torch, self._device = torch, torch_peer.use_device(platform, threads)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=has_code, dtype=torch.float32)
         self._model = model.eval().to(self._device)

@@ -172,9 +172,10 @@ class _Peers:
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
             raise UserError(
-                "the harness's own model needs lm_eval, torch and transformers: pip install 'latentjax[tasks,peer]'"
+                "the harness's own model needs lm_eval, torch, transformers and accelerate: pip install "
+                "'latentjax[tasks,peer]'"
             ) from error
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         device = torch_peer.use_device(platform, threads)
         self._model = HFLM(pretrained=str(folder), device=device, dtype=dtype, batch_size=1, trust_remote_code=True)
 

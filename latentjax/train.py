@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentjax import config as config_lib
-from latentjax.command_line import LineParser, split_overrides
+from latentjax.command_line import LineParser, add_process_flags, split_overrides
 from latentjax.errors import run_verb
 
 
@@ -28,9 +28,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--config", required=True, help="a recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT")
     parser.add_argument("--workdir", type=Path, help="the run's directory (default: runs/NAME, or runs/NAME-ARGUMENT)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where several are started by hand")
-    parser.add_argument("--num_processes", type=int, help="with --coordinator: how many there are")
-    parser.add_argument("--process_id", type=int, help="with --coordinator: which of them this is, from 0")
+    add_process_flags(parser)
     arguments, overrides = split_overrides(argv)
     flags = parser.parse_args(arguments)
     config = config_lib.load(flags.config, overrides)
@@ -59,11 +57,12 @@ def main(argv: Sequence[str]) -> int:
         from latentjax.interop.task_schedule import TaskSchedule
 
         score_tasks = TaskSchedule(config.train, shows=processes.is_first())
+    from latentjax.training.last_words import TRAIN
     from latentjax.training.loop import train
     from latentjax.training.signals import StopRequest
 
     stop = StopRequest()
-    with processes.watched(config.train) as watchdog:
+    with processes.watched(TRAIN, config.train) as watchdog:
         summary = train(config, workdir, stop, watchdog, initial_params, score_tasks)
     if summary is None:
         return stop.exit_status

@@ -11,7 +11,7 @@ from latentjax.models.attention import check_backend
 from latentjax.models.backbone import ARCHITECTURES
 from latentjax.models.loops import LOOPS
 from latentjax.models.remat import POLICIES
-from latentjax.recurrence.methods import METHODS
+from latentjax.recurrence.methods import METHODS, REFINEMENTS
 
 _CHOICES = {
     "data.on_corrupt_block": ("stop", "skip"),
@@ -20,6 +20,7 @@ _CHOICES = {
     "model.loops": LOOPS,
     "model.remat": tuple(POLICIES),
     "recurrence.method": tuple(METHODS),
+    "recurrence.refinement": tuple(REFINEMENTS),
     "train.on_bad_numbers": ("rewind", "stop", "skip"),
 }
 
@@ -167,10 +168,20 @@ def _check_recurrence(recurrence: ConfigDict, vocab_size: int) -> None:
         )
     _check_schedule(recurrence)
     _check_tolerance(recurrence)
+    if recurrence.refinement != "full" and recurrence.method != "latent":
+        raise UserError(
+            f"recurrence.refinement={recurrence.refinement}: recurrence.method={recurrence.method} has nothing to "
+            "refine; set it to full"
+        )
     if recurrence.method in ("loop", "ponder") and recurrence.backprop_passes:
         raise UserError(
             f"recurrence.backprop_passes={recurrence.backprop_passes}: the embeddings of {recurrence.method} learn "
             "through its first pass alone; set it to 0"
+        )
+    if recurrence.refinement == "alternating" and recurrence.backprop_passes == 1:
+        raise UserError(
+            "recurrence.backprop_passes=1: with recurrence.refinement=alternating embeddings learn through the passes "
+            "before the last alone; set it to 0, or to 2 or more"
         )
     if recurrence.pause_token_id >= vocab_size:
         raise UserError(

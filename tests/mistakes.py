@@ -113,6 +113,7 @@ _CHOICES = {
     "model.attention": ["", "flash", "XLA", "sdpa", "splash", "cudnn", "tokamax"],  # the last three: not on a CPU
     "model.loops": ["", "scan", "Rolled", "true"],
     "model.remat": ["", "full", "all", "None", "keep_layer_input"],
+    "recurrence.refinement": ["", "half", "Full", "jacobi"],
     "recurrence.method": ["", "laten", "Latent", "thoughts", "baseline"],
 }
 
@@ -225,6 +226,9 @@ def contradiction(draw: random.Random, directory: Path) -> Mistake:
              ["recurrence.backprop_passes"]),
             ([f"recurrence.method={draw.choice(['loop', 'ponder', 'vanilla', 'pause'])}",
               "recurrence.train_schedule=((0.0, 1, (2,)),)"], ["recurrence.train_schedule"]),
+            ([f"recurrence.method={draw.choice(['loop', 'ponder', 'vanilla', 'pause'])}",
+              "recurrence.refinement=alternating"], ["recurrence.refinement"]),
+            (["recurrence.refinement=alternating", "recurrence.backprop_passes=1"], ["recurrence.backprop_passes"]),
             (["recurrence.train_tolerance=0.1"], ["recurrence.backprop_passes"]),
             (["recurrence.train_tolerance=0.1", "recurrence.backprop_passes=2"],
              ["recurrence.train_jacobi_iterations"]),

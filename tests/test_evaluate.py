@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import recipes
 from harness_tasks import write_tasks
+from together import ended, start_processes
 
 from latentjax import evaluate
 from latentjax.config import default
@@ -122,6 +123,30 @@ def test_tasks(capsys, whole_run: Path, tmp_path: Path):
     assert "local_choice" in table and "acc_norm" in table and "+/-" in table
 
 
+@pytest.mark.parametrize("kind", ["text", pytest.param("tasks", marks=[pytest.mark.long, needs_harness])])
+def test_two_processes_have_the_numbers_of_one(capsys, whole_run: Path, tmp_path: Path, kind: str):
+    """The first says them, once, and the second nothing."""
+    tasks = ["--tasks=local_choice,local_generate", "--include_path", str(write_tasks(tmp_path / "tasks")), "--limit=3"]
+    flags = {"text": ["--eval_batches=2", "--exact"], "tasks": [*tasks, "--batch_tokens=512", "--tolerance=1e-3"]}[kind]
+    output = tmp_path / "results.json"
+    command = [sys.executable, "-m", "latentjax.evaluate", "--checkpoint", str(whole_run), "--output", str(output)]
+    results = ended(start_processes([[*command, *flags, "--config.mesh.fsdp=2"]] * 2, num_devices=4))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+    one, two = result_of(capsys, whole_run, *flags), json.loads(output.read_text())
+    assert (one["text"] is None) == (kind == "tasks")
+    if kind == "text":
+        assert two["text"]["sets"] == [pytest.approx(each, abs=1e-4) for each in one["text"]["sets"]]
+        assert two["text"]["tokens"] == one["text"]["tokens"] == 2 * 8 * 16
+    for mine, expected in zip(two["tasks"], one["tasks"], strict=True):
+        assert mine["metrics"] == pytest.approx(expected["metrics"], abs=1e-4)
+    said, nothing = (
+        [line for line in result.stdout.splitlines() if not line.startswith("[Gloo]")] for result in results
+    )
+    assert nothing == [] and sum(line.startswith(f"{kind.removesuffix('s')} ") for line in said) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -136,6 +161,7 @@ def test_tasks(capsys, whole_run: Path, tmp_path: Path):
         (["--split=test", "--data", "x"], ["--split", "eval"]),
         (["--num_fewshot=-1", "--tasks=piqa"], ["--num_fewshot"]),
         (["--step=11"], ["11"]),
+        (["--coordinator=localhost:1"], ["--num_processes and --process_id go together"]),
         (["--data", "/no/such/store"], ["/no/such/store"]),
         (["--config.model.num_layers=3"], ["model.num_layers", "model.dtype"]),
         (["--config.data.batch_siz=3"], ["data.batch_size"]),

@@ -16,7 +16,7 @@ ALLOWED = {
     "training": {"models", "recurrence", "data", "config"},
     "interop": {"models", "recurrence"},
     # Beside the verbs, as `opening` is: it reads what a run has left.
-    "reporting": {"training", "data", "config", "opening", "__version__"},
+    "reporting": {"training", "recurrence", "data", "config", "opening", "__version__"},
 }
 
 

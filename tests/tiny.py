@@ -55,6 +55,7 @@ def language_model(
     *,
     method: str = "latent",
     backprop_passes: int = 0,
+    refinement: str = "full",
     ponder_chunk_tokens: int = 0,
     **changes: Any,
 ) -> LanguageModel:
@@ -71,6 +72,7 @@ def language_model(
         train_schedule=(),
         handover_ratio=0.0,
         train_tolerance=0.0,
+        refinement=refinement,
     )
     return LanguageModel(model_spec(architecture, **changes), recurrence_spec)
 

@@ -89,6 +89,7 @@ def _recurrence(draw: random.Random) -> dict[str, Any]:
         "method": method,  # vanilla passes over how many thoughts there would be
         "num_latent_thoughts": thoughts,
         "train_schedule": schedule,
+        "refinement": draw.choice(["full", "alternating"]) if method == "latent" and trained != 1 else "full",
         "handover_ratio": draw.choice([0.0, 1e-9, 0.2]) if len(schedule) > 1 else 0.0,
         "num_jacobi_iterations": draw.choice([0, 3, 20]),
         "train_jacobi_iterations": drawn,

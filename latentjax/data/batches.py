@@ -1,7 +1,7 @@
 """Batches read ahead of the step that needs them, in threads or in processes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import grain
 import numpy as np
@@ -22,7 +22,7 @@ def train_batches(
     start_step: int,
     rows: np.ndarray | None = None,
     skips: Sequence[Skip] = (),
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Iterates over this process's rows of the global batches of steps `start_step`, `start_step + 1`, ... without end.
 
     Every batch is a function of the mixture, `data`, `skips` and its step alone, whoever reads which rows of it;
@@ -59,7 +59,7 @@ def eval_batches(
     bytes_per_id: np.ndarray,
     rows: np.ndarray | None = None,
     num_windows: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Iterates over this process's rows of up to `num_batches` batches of a row: the same for every run.
 
     The windows are spread evenly over the row, in its order. Where it has fewer than asked, all are used, and the
@@ -91,12 +91,12 @@ def _all_rows(data: ConfigDict) -> np.ndarray:
     return np.arange(data.batch_size, dtype=np.int64)
 
 
-def _reported(batches: Iterator[Batch], data: ConfigDict) -> Iterator[Batch]:
+def _reported(batches: Generator[Batch, None, None], data: ConfigDict) -> Generator[Batch, None, None]:
     """The same batches; where damage may be left out, each damaged block is named on stderr when it is first met."""
     return _name_damage(batches) if data.on_corrupt_block == "skip" else batches
 
 
-def _name_damage(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _name_damage(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
     known = set()
     try:
         for batch in batches:
@@ -109,7 +109,7 @@ def _name_damage(batches: Iterator[Batch]) -> Iterator[Batch]:
         batches.close()
 
 
-def _read_in_threads(source: TrainBatches | EvalBatches, data: ConfigDict) -> Iterator[Batch]:
+def _read_in_threads(source: TrainBatches | EvalBatches, data: ConfigDict) -> Generator[Batch, None, None]:
     num_threads = data.num_threads if data.prefetch_batches else 0
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=data.prefetch_batches)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))

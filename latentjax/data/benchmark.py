@@ -261,12 +261,12 @@ def benchmark_reading(
     rate = tokens / 1e6
     ours, theirs = rate / window_seconds, rate / plain_seconds
     yield Comparison(f"{name}, against a NumPy memory map", "Mtoken/s", ours, theirs, 0.5)
-    yield Limit(f"{name}, as training batches, per core", "Mtoken/s", rate / seconds / os.cpu_count(), 2.0, True)
+    yield Limit(f"{name}, as training batches, per core", "Mtoken/s", rate / seconds / (os.cpu_count() or 1), 2.0, True)
 
 
 def benchmark_memory(split: TokenSplit, sequence_length: int, batch_size: int) -> Limit:
     """Measures the highest resident memory of a fresh process that reads all of a split in random order."""
-    value = _in_fresh_process(os.cpu_count(), _peak_memory, split, sequence_length, batch_size)
+    value = _in_fresh_process(os.cpu_count() or 1, _peak_memory, split, sequence_length, batch_size)
     size = sum(shard.bytes for shard in split.shards) / 1e9
     return Limit(f"resident memory while reading a store of {size:.1f} GB", "MiB", value, 1024.0, False)
 

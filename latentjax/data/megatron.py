@@ -94,7 +94,7 @@ class MegatronRow(TokenRow):
         return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_index")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._open()
 
     def __del__(self):
@@ -170,7 +170,7 @@ def _with_suffix(prefix: Path, suffix: str) -> Path:
 def _read_into(array: np.ndarray, file: int, offset: int, path: Path) -> None:
     # Not from a memory map: what was looked at once would count as this process's memory for as long as it lives.
     try:
-        count = os.preadv(file, [array], offset)
+        count = os.preadv(file, [array.data], offset)
     except OSError as error:
         raise UserError(f"cannot read {path} at byte {offset}: {error.strerror}") from error
     if count != array.nbytes:

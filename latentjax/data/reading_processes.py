@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
@@ -30,7 +30,7 @@ class Source(Protocol[Item]):
     def __getitem__(self, index: int) -> Item: ...
 
 
-def read_in_processes(source: Source[Item], num_workers: int, ahead: int) -> Iterator[Item]:
+def read_in_processes(source: Source[Item], num_workers: int, ahead: int) -> Generator[Item, None, None]:
     """Iterates over a source in order, read by `num_workers` processes, `ahead` items (at least one each) in advance.
 
     An exception that reading raises is raised here, when the iterator comes to its item. The processes end when the
@@ -60,7 +60,7 @@ def read_in_processes(source: Source[Item], num_workers: int, ahead: int) -> Ite
             process.kill()
         # One that was killed while it was sending leaves the pool's thread waiting for the rest, as long as there is
         # anybody who could send it. The processes are gone; this is the last end of the pipe.
-        pool._result_queue._writer.close()
+        pool._result_queue._writer.close()  # pyright: ignore[reportAttributeAccessIssue]
         pool.shutdown(cancel_futures=True)
 
 
@@ -85,7 +85,9 @@ def _begin(source: Source) -> None:
 
 
 def _leave_with_the_run() -> None:
-    multiprocessing.parent_process().join()  # returns when it is gone, killed or not
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this process was started by another
+    parent.join()  # returns when it is gone, killed or not
     os._exit(1)
 
 

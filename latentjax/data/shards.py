@@ -184,7 +184,7 @@ class ShardReader:
         try:
             count = os.preadv(self._descriptor, parts, place)
         except OSError as error:
-            raise self._damaged(block, error.strerror) from error
+            raise self._damaged(block, str(error.strerror)) from error
         if count != expected or xxh3_64_digest(data, block) != checksum:
             return self._read_by_library(block, size)
         return tokens

@@ -73,6 +73,7 @@ def open_sources(data: ConfigDict, progress: bool, needs_evaluation: bool) -> So
         for (row, weight), (path, _) in zip(train, mixture, strict=True)
     ]
     tokenizer = opened.tokenizer
+    assert tokenizer is not None  # that of the first row
     return Sources(train, eval_sets, tokenizer, tokenizer.vocab_size, tokenizer.eod_id, ", ".join(parts))
 
 
@@ -105,6 +106,7 @@ def open_eval_sets(data: ConfigDict, progress: bool, paths: Sequence[str] = (), 
     for row in eval_sets.values():
         Windows(row, data.sequence_length)
     tokenizer = opened.tokenizer
+    assert tokenizer is not None  # that of the first row
     described = ", ".join(f"{row.num_tokens:,} tokens of {row.label}" for row in eval_sets.values())
     return Sources((), eval_sets, tokenizer, tokenizer.vocab_size, tokenizer.eod_id, described)
 

@@ -8,6 +8,7 @@ No jax and no Grain here: processes that read batches import this module and lit
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ from latentjax.data.row import DamagedBlock, TokenRow
 from latentjax.data.skips import Skip, batch_of_step
 from latentjax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # arrays; where blocks are damaged also the list DAMAGED, of texts
 
 # Key of a batch under which the reasons stand why windows were left out: a list of texts, and no array.
 DAMAGED = "damaged"
@@ -85,7 +86,8 @@ class TrainBatches:
         self._components = [Windows(row, data.sequence_length) for row, _ in mixture]
         weights = [weight for _, weight in mixture]
         self._order = Order([len(each) for each in self._components], weights, seed=data.seed, shuffle=data.shuffle)
-        self._start_step, self._batch_size, self._skips = start_step, data.batch_size, tuple(skips)
+        self._start_step, self._skips = start_step, tuple(skips)
+        self._batch_size: int = data.batch_size
         self._located: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._rows = rows
         self._shape = (len(self._rows), data.sequence_length + 1)

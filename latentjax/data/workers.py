@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from queue import Empty
+from typing import Any
 
 from latentjax.data.progress import Stage
 from latentjax.data.tasks import Job, Task, run_task
@@ -62,8 +63,10 @@ class _Stopped(Exception):
     """The parent needs no more of this task."""
 
 
-_job: Job | None = None
-_reports = _stop = None
+# Of a worker; `_start` sets them before there is any task.
+_job: Any = None
+_reports: Any = None
+_stop: Any = None
 
 
 def _start(job: Job, reports, stop) -> None:
@@ -76,7 +79,9 @@ def _start(job: Job, reports, stop) -> None:
 
 
 def _leave_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this process was started by another
+    parent.join()
     os._exit(1)
 
 

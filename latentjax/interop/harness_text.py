@@ -23,9 +23,11 @@ class HarnessText(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
         """Returns ids; with control tokens around them or without, None: as the tokenizer does by itself."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids that continue another, control tokens left out."""
+        ...
 
 
 class RunText:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def _recurrence_spec(config: dict[str, Any], vocab_size: int, source: str) -> Re
         train_schedule=(),
         handover_ratio=0.0,
         train_tolerance=0.0,
+        refinement="full",
     )
 
 
@@ -106,8 +108,7 @@ def _method_by_keys(config: dict[str, Any]) -> str:
 def _model_spec(config: dict[str, Any], source: str) -> ModelSpec:
     architecture = require(config, "model_type", source)
     if not isinstance(architecture, str) or architecture not in _KEYS:
-        choices = " and ".join(map(repr, _KEYS))
-        raise UserError(f"{source}: model_type={shown(architecture)} is not implemented; {choices} are")
+        raise UserError(f"{source}: model_type={shown(architecture)} is not implemented; {_in_words(_KEYS)}")
     keys, neox = _KEYS[architecture], architecture == "gpt_neox"
     _expect(config, keys.activation, keys.activations, source)
     for key, only in (keys.only | _NOWHERE).items():
@@ -159,8 +160,13 @@ def _rotary(config: dict[str, Any], source: str, neox: bool) -> tuple[float, flo
     rope = config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{source}: rope_parameters={shown(rope)} is no JSON object")
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{source}: rope_type={shown(rope['rope_type'])} is not implemented; only 'default' is")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{source}: rope_type={shown(kind)} is not implemented; only 'default' is")
+    if differing := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise UserError(
+            f"{source}: rope_parameters of {shown(differing[0])} alone are not implemented, only those of all layers"
+        )
     rope = {
         "partial_rotary_factor": config.get("rotary_pct", 0.25),
         "rope_theta": config.get("rope_theta", config.get("rotary_emb_base", 10000.0)),
@@ -222,5 +228,9 @@ def _flag(config: dict[str, Any], key: str, source: str, missing: bool) -> bool:
 
 def _expect(config: dict[str, Any], key: str, allowed: tuple[Any, ...], source: str) -> None:
     if config.get(key, allowed[0]) not in allowed:
-        choices = " and ".join(repr(choice) for choice in allowed)
-        raise UserError(f"{source}: {key}={shown(config[key])} is not implemented; {choices} are")
+        raise UserError(f"{source}: {key}={shown(config[key])} is not implemented; {_in_words(allowed)}")
+
+
+def _in_words(choices: Collection[Any]) -> str:
+    *others, last = map(repr, choices)
+    return f"{', '.join(others)} and {last} are" if others else f"only {last} is"

@@ -32,6 +32,7 @@ class HarnessScorer(Protocol):
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Callable[[int], None]) -> Scores:
         """Returns the log-likelihood of each continuation behind its context, and whether it is greedy."""
+        ...
 
     def complete(
         self,
@@ -44,6 +45,7 @@ class HarnessScorer(Protocol):
         advance: Callable[[int], None],
     ) -> list[list[int]]:
         """Returns what follows each prompt: up to `num_tokens` ids, to the end of text, or until `stops(ids)`."""
+        ...
 
 
 # (what is done, how many there are of it) -> a context that gives what is called with each number that is done.

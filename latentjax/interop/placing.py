@@ -48,7 +48,7 @@ class Plan:
             read; `source` names the folder.
         """
         self._spec = spec
-        self._abstract = flatten_dict(abstract_params, sep="/")
+        self._abstract: dict[str, Any] = flatten_dict(abstract_params, sep="/")
         self._places: dict[str, tuple[Entry, str, int | None]] = {}  # by stored name
         stored = with_prefix({name: name for name in kinds}, spec)
         for entry in name_table(spec):

@@ -74,7 +74,7 @@ def params_from_tensors(tensors: dict[str, np.ndarray], spec: ModelSpec, source:
 
 def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np.ndarray]:
     """The inverse of `params_from_tensors`: {Hugging Face name: array}, for params or for their gradients."""
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     tensors = {}
     for entry in name_table(spec):
         for name, parameter, row in entry.places(spec):
@@ -85,6 +85,6 @@ def tensors_from_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, np
 
 def _abstract_params(spec: ModelSpec) -> Any:
     """Shapes and dtypes of the parameters, all layers but the last stacked; without shardings."""
-    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False, -1, 0, (), 0.0, 0.0)
+    vanilla = RecurrenceSpec("vanilla", 0, 0, (0,), 0, False, -1, 0, (), 0.0, 0.0, "full")
     variables = jax.eval_shape(LanguageModel(spec, vanilla).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return nn.meta.unbox(variables)["params"]

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from latentjax.errors import UserError, brief, shown
-from latentjax.interop.hub import weight_files
+from latentjax.interop.hub import INDEX, WEIGHTS, weight_files
 
 # What safetensors call the dtypes that are read.
 DTYPES = ("F32", "F16", "BF16")
@@ -74,6 +74,8 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         pickles = sorted(pickle.name for pattern in _PICKLES for pickle in path.parent.glob(pattern))
         reason = "a model folder holds config.json and safetensors"
+        if path.name != WEIGHTS:
+            reason = f"{INDEX} says that tensors are in it; fetch or copy the folder again, as a whole"
         if pickles:
             reason = (
                 f"the weights are in {pickles[0]}, a pickle, and those are not read, since reading one can run any "

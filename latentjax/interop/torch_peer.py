@@ -79,6 +79,8 @@ def check_peer(spec: ModelSpec, recurrence_spec: RecurrenceSpec) -> None:
             f"model.architecture={spec.architecture!r} with recurrence.method={recurrence_spec.method!r} has no peer "
             f"in PyTorch: choose gpt_neox with {' or '.join(_METHODS)}"
         )
+    if recurrence_spec.refinement != "full" or recurrence_spec.train_tolerance:
+        raise UserError("the peer refines in full passes alone: set recurrence.refinement=full, train_tolerance=0.0")
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(f"{' and '.join(absent)} not installed, which the peer needs: pip install 'latentjax[peer]'")

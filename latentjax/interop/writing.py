@@ -101,7 +101,7 @@ def write_weights(folder: Path, params: Any, spec: ModelSpec, dtype: str, max_sh
     Raises:
       UserError: a number is too large for the dtype, or not finite.
     """
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     shards: list[dict[str, tuple[Any, str, int | None, tuple[int, ...]]]] = [{}]
     size, total = 0, 0
     for entry in name_table(spec):

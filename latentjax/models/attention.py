@@ -14,10 +14,11 @@ import numpy as np
 from latentjax.errors import UserError
 from latentjax.models.attention_backend import AttentionBackend, AttentionRequest, choose
 from latentjax.models.attention_mesh import sequence_shards, shard_attention
+from latentjax.models.beside import Beside, KeysAndValues
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.gpu_attention import CUDNN, TOKAMAX
 from latentjax.models.rotary import rotate
-from latentjax.models.slots import ALL_SLOTS, SlotRange
+from latentjax.models.slots import ALL_SLOTS, SlotRange, interleave
 from latentjax.models.splash_attention import SPLASH
 
 # Queries are taken this many at a time, so that what causality hides is mostly never computed and what is held at once
@@ -172,26 +173,49 @@ def self_attention(
     backend: str,
     angles: tuple[jax.Array, jax.Array],
     segment_ids_BS: jax.Array | None,
-    cache: KeyValueCache | None,
+    cache: KeyValueCache | Beside | None,
     layer: jax.Array | int,
     queried: SlotRange,
     kept: SlotRange,
-) -> tuple[jax.Array, KeyValueCache | None]:
+) -> tuple[jax.Array, KeyValueCache | KeysAndValues | None]:
     """Rotates queries and keys, then attends within the sequence, or to all that `cache` holds and itself.
 
     Args:
       q_BQHK: queries at the slots of `queried`, which is `wanted_queries(backend, kept)`.
       angles: of all S slots.
+      cache: where it is a `Beside`, all slots are queried and kept, and are those at its place.
       kept: the slots whose results are returned; all of them where there is a cache, but for a prefill.
 
     Returns:
-      (B, slots of `kept`, H, K) and the cache with this layer's keys and values written.
+      (B, slots of `kept`, H, K) and the cache with this layer's keys and values written; beside others, those alone.
     """
     q_BQHK = rotate(q_BQHK, tuple(queried.take(part) for part in angles))
     k_BSGK = rotate(k_BSGK, angles)
+    if isinstance(cache, Beside):
+        return _attend_beside(q_BQHK, k_BSGK, v_BSGK, cache, backend, segment_ids_BS), (k_BSGK, v_BSGK)
     if cache is not None:
         cache = cache.write(layer, k_BSGK, v_BSGK)
         if not cache.is_prefill:
             return cached_attention(q_BQHK, cache, layer, segment_ids_BS), cache
     attended = _ALL_BACKENDS[backend].call(q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
     return attended if queried == kept else kept.take(attended), cache
+
+
+def _attend_beside(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    beside: Beside,
+    backend: str,
+    segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """Attention from the slots at one place of all tokens to those of every place: (B, T, H, K)."""
+    slots, queried = beside.slots, beside.slots
+    if wanted_queries(backend, slots) != slots:
+        nothing = jnp.zeros_like(q_BTHK)
+        q_BTHK = interleave([q_BTHK if place == beside.place else nothing for place in range(slots.period)])
+        queried = ALL_SLOTS
+    segment_ids_BS = beside.segment_ids(segment_ids_BT)
+    k_BSGK, v_BSGK = beside.with_own(k_BTGK, v_BTGK)
+    attended = _ALL_BACKENDS[backend].call(q_BTHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
+    return attended if queried == slots else slots.take(attended)

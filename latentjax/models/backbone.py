@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from latentjax.models import gpt2, gpt_neox, llama
+from latentjax.models.beside import Beside, KeysAndValues, PlaceKeys
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import PositionEmbedding
 from latentjax.models.layers import shard_activation
@@ -62,11 +63,11 @@ class Backbone(nn.Module):
         x_BSD: jax.Array,
         positions_BS: jax.Array,
         segment_ids_BS: jax.Array | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | Beside | None = None,
         kept: SlotRange = ALL_SLOTS,
         begins: bool = True,
         ends: bool = True,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
+    ) -> tuple[jax.Array, KeyValueCache | PlaceKeys | None]:
         """Applies all layers and the final norm: one pass.
 
         Several calls can make up one long pass over the same residual stream, with shared layers: the first of them
@@ -76,7 +77,8 @@ class Backbone(nn.Module):
           x_BSD: input embeddings (of tokens, or latent thoughts), any float dtype.
           positions_BS: int32 position ids, of which B may be 1: shared by the batch.
           segment_ids_BS: int32, slots attend within their segment only; None: one segment.
-          cache: keys and values of the slots before these; None: there are none before, and none are kept.
+          cache: keys and values of the slots before these; None: there are none before, and none are kept. Or those of
+            other slots of the same tokens: then one slot of each is fed, and all of these are kept.
           kept: the slots whose hidden states are asked for; the others' are not computed in the last layer.
           begins: x_BSD enters from outside, so learned positions are added; else it is what a call that does not end
             its pass has returned.
@@ -84,10 +86,10 @@ class Backbone(nn.Module):
 
         Returns:
           Hidden states (B, Q, D) of the Q kept slots in the compute dtype, after the final norm where the pass ends,
-          and the cache with all S slots added.
+          and the cache with all S slots added; beside other slots, the keys and values of those that were fed.
         """
-        num_slots = x_BSD.shape[1]
-        if cache is not None:
+        num_slots, caches = x_BSD.shape[1], isinstance(cache, KeyValueCache)
+        if caches:
             if segment_ids_BS is None:
                 segment_ids_BS = jnp.zeros(x_BSD.shape[:2], jnp.int32)
             cache = cache.write_segments(segment_ids_BS)
@@ -96,7 +98,7 @@ class Backbone(nn.Module):
             stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5, 6, 7))
         x_BSD = x_BSD.astype(self.spec.compute_dtype)
         hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
-        return hidden_BQD, None if cache is None else cache.advance(self.spec.num_layers, num_slots)
+        return hidden_BQD, cache.advance(self.spec.num_layers, num_slots) if caches else cache
 
 
 def _apply_stack(
@@ -104,11 +106,11 @@ def _apply_stack(
     x_BSD: jax.Array,
     positions_BS: jax.Array,
     segment_ids_BS: jax.Array | None,
-    cache: KeyValueCache | None,
+    cache: KeyValueCache | Beside | None,
     kept: SlotRange,
     begins: bool,
     ends: bool,
-) -> tuple[jax.Array, KeyValueCache | None]:
+) -> tuple[jax.Array, KeyValueCache | PlaceKeys | None]:
     """The layers and the norm, in the scope of `backbone`; arguments and results as in `Backbone.__call__`."""
     spec, forwards_per_token = backbone.spec, backbone.forwards_per_token
     architecture = ARCHITECTURES[spec.architecture]
@@ -117,11 +119,14 @@ def _apply_stack(
         x_BSD = PositionEmbedding(spec, name="position_embedding")(x_BSD, positions_BS)
     x_BSD = shard_activation(x_BSD, "batch", "slots", None)
     angles = rotary_angles(positions_BS, spec.rotary_dims, spec.rope_theta)
-    num_scanned = spec.num_layers - 1
+    num_scanned, is_beside, own_keys = spec.num_layers - 1, isinstance(cache, Beside), None
 
     def apply_layer(layer_module: nn.Module, carry: tuple, layer: jax.Array) -> tuple[Any, None]:
         x_BSD, cache = carry
         return layer_module(x_BSD, angles, segment_ids_BS, cache, layer), None
+
+    def apply_beside(layer_module: nn.Module, x_BSD: jax.Array, layer: tuple) -> tuple[jax.Array, KeysAndValues]:
+        return layer_module(x_BSD, angles, segment_ids_BS, layer[1], layer[0])
 
     if spec.separates:
         for index in range(num_scanned):
@@ -130,16 +135,22 @@ def _apply_stack(
     elif num_scanned:
         # A loop keeps XLA from merging the forward computation with its repetition in the backward pass.
         layers = rematerialised(block, spec.remat, in_loop=not spec.unrolls)(spec, forwards_per_token, name="layers")
-        (x_BSD, cache), _ = nn.scan(
-            apply_layer,
+        scanned = nn.scan(
+            apply_beside if is_beside else apply_layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=num_scanned,
             unroll=num_scanned if spec.unrolls else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(layers, (x_BSD, cache), jnp.arange(num_scanned))
+        )
+        if is_beside:
+            x_BSD, own_keys = scanned(layers, x_BSD, (jnp.arange(num_scanned), cache.stacked))
+        else:
+            (x_BSD, cache), _ = scanned(layers, (x_BSD, cache), jnp.arange(num_scanned))
+    if is_beside:
+        cache = cache.of_last_layer
     last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, forwards_per_token, kept, name="last_layer")
     x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, num_scanned)
     if ends:
         x_BQD = architecture.final_norm(spec, "final_norm")(x_BQD)
-    return x_BQD, cache
+    return x_BQD, PlaceKeys(own_keys, cache) if is_beside else cache

@@ -9,8 +9,7 @@ from latentjax.models.spec import ModelSpec
 Layers = jax.Array | tuple[jax.Array, ...]
 
 
-@flax.struct.dataclass
-class KeyValueCache:
+class KeyValueCache(flax.struct.PyTreeNode):
     """Keys and values of all layers for the slots seen so far.
 
     Where a method passes the same slots through the backbone several times, each pass attends to what the same pass

@@ -90,7 +90,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         spec = self.spec
-        init = nn.with_logical_partitioning(matrix_init(spec), ("vocab", "embed"))
+        init: Any = nn.with_logical_partitioning(matrix_init(spec), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (spec.vocab_size, spec.hidden_size), jnp.float32)
 
     def __call__(self) -> jax.Array:
@@ -110,7 +110,7 @@ class PositionEmbedding(nn.Module):
         A position that the table does not have gives NaN.
         """
         spec = self.spec
-        init = nn.with_logical_partitioning(matrix_init(spec), ("position", "embed"))
+        init: Any = nn.with_logical_partitioning(matrix_init(spec), ("position", "embed"))
         table_PD = self.param("embedding", init, (spec.max_position_embeddings, spec.hidden_size), jnp.float32)
         table_PD = shard_activation(table_PD, None, None)  # whole rows, as in `Embedding`
         return x_BSD + jnp.take(table_PD, positions_BS, axis=0).astype(x_BSD.dtype)
@@ -126,7 +126,8 @@ class Head(nn.Module):
         shape, axes = (spec.hidden_size, spec.vocab_size), ("embed", "vocab")
         if spec.separates:
             shape, axes = shape[::-1], axes[::-1]
-        self.kernel = self.param("kernel", nn.with_logical_partitioning(matrix_init(spec), axes), shape, jnp.float32)
+        init: Any = nn.with_logical_partitioning(matrix_init(spec), axes)
+        self.kernel = self.param("kernel", init, shape, jnp.float32)
 
     def __call__(self) -> jax.Array:
         """Returns the matrix, (D, V), or (V, D) where `ModelSpec.separates`."""

@@ -1,6 +1,7 @@
 """Matrices and norms as the blocks use them: float32, with logical axis names and the reference's initialisation."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,7 +43,7 @@ class Linear(nn.Module):
         inputs = x.shape[-num_inputs:]
         if spec.separates:
             return self._by_output(x.reshape(*x.shape[: x.ndim - num_inputs], -1), part)
-        init = nn.with_logical_partitioning(matrix_init(spec, self.init_divisor), self.axes)
+        init: Any = nn.with_logical_partitioning(matrix_init(spec, self.init_divisor), self.axes)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         kernel = kernel[*[slice(None)] * num_inputs, part].astype(spec.compute_dtype)
         contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))

@@ -29,6 +29,7 @@ class RecurrenceSpec:
     train_schedule: tuple[tuple[float, int, tuple[int, ...]], ...]
     handover_ratio: float
     train_tolerance: float
+    refinement: str
 
 
 def rounding_tolerance(dtype: str) -> float:
@@ -92,15 +93,14 @@ class Recurrence(abc.ABC):
         """How many slots per token of each of `passes` are read afterwards: the last layer computes no others."""
         return self.passes(num_jacobi_iterations)
 
+    def seen_slots(self, num_jacobi_iterations: int) -> tuple[int, ...]:
+        """How many slots per token each of `passes` attends among: those it feeds, unless there are others."""
+        return self.passes(num_jacobi_iterations)
+
     @property
     def vocabulary_products(self) -> int:
         """Products with a (D, V) matrix per token of a forward or in decoding, besides the one that makes logits."""
         return 0
-
-    def with_thoughts(self, num_latent_thoughts: int) -> "Recurrence":
-        """The same with so many thoughts per token, for a part of training; here itself: only `latent` has stages."""
-        del num_latent_thoughts
-        return self
 
     def token_forwards(self, num_jacobi_iterations: int) -> int:
         """Slots through the backbone per token in one training forward: the method's cost next to vanilla's 1."""

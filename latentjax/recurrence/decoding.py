@@ -40,8 +40,7 @@ class Prompts:
     keys_B: jax.Array
 
 
-@flax.struct.dataclass
-class DecodingState:
+class DecodingState(flax.struct.PyTreeNode):
     """Where a batch has got to.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from latentjax.models.cache import KeyValueCache
 from latentjax.models.embedding import Embedding, Head, Vocabulary
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import Prefilled, Recurrence, RecurrenceSpec
-from latentjax.recurrence.methods import make_recurrence
+from latentjax.recurrence.methods import make_recurrence, train_recurrence
 
 
 class LanguageModel(nn.Module):
@@ -26,6 +26,11 @@ class LanguageModel(nn.Module):
 
     spec: ModelSpec
     recurrence_spec: RecurrenceSpec
+
+    if TYPE_CHECKING:
+
+        def apply(self, variables: Any, *arguments: Any, **settings: Any) -> Any:
+            """As Flax's, whose types say only that a method may return variables beside what it computes."""
 
     def setup(self) -> None:
         recurrence = make_recurrence(self.recurrence_spec)
@@ -69,7 +74,8 @@ class LanguageModel(nn.Module):
         """What the head reads, (B, T, D), and the thought residuals (R,) or None; arguments as in `__call__`.
 
         Args:
-          num_latent_thoughts: C of this forward, static; None: the model's own.
+          num_latent_thoughts: C of a training step, static, in the form that training has; None: as in evaluation, and
+            the model's own.
         """
         if num_jacobi_iterations is None:
             num_jacobi_iterations = self.recurrence_spec.num_jacobi_iterations
@@ -82,7 +88,7 @@ class LanguageModel(nn.Module):
             return self.backbone(x_BTD, positions_BT, segment_ids_BT)[0], None
         recurrence = self.recurrence
         if num_latent_thoughts is not None:
-            recurrence = recurrence.with_thoughts(num_latent_thoughts)
+            recurrence = train_recurrence(self.recurrence_spec, num_latent_thoughts)
         return recurrence.forward(
             self.backbone,
             x_BTD,
@@ -110,7 +116,7 @@ class LanguageModel(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         vocabulary = self.vocabulary()
-        return self.recurrence.with_thoughts(num_latent_thoughts).forward_settled(
+        return train_recurrence(self.recurrence_spec, num_latent_thoughts).forward_settled(
             self.backbone,
             vocabulary.embed(tokens_BT),
             positions_BT,

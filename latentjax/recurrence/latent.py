@@ -10,7 +10,7 @@ more exact, and all of them about threefold closer.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,8 @@ from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
 from latentjax.models.slots import SlotRange, interleave, repeat_ids, split
 from latentjax.recurrence.base import Prefilled, Recurrence
+
+Ids = tuple[jax.Array, jax.Array | None]  # positions and segment ids of the tokens, int32 (B, T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +40,12 @@ class Latent(Recurrence):
     backprop_passes: int
     scale_embeddings: bool
 
-    uses_jacobi_iterations = True
+    uses_jacobi_iterations: ClassVar[bool] = True
 
     @property
     def slots_per_token(self) -> int:
         """C + 1."""
         return self.num_latent_thoughts + 1
-
-    def with_thoughts(self, num_latent_thoughts: int) -> "Latent":
-        """With another C, and all else the same, the scale of embeddings too."""
-        return dataclasses.replace(self, num_latent_thoughts=num_latent_thoughts)
 
     def embedding_scale(self, hidden_size: int) -> float:
         """sqrt(2.5 D): the inverse of the embedding's standard deviation at initialisation."""
@@ -79,30 +77,23 @@ class Latent(Recurrence):
         num_jacobi_iterations: int,
     ) -> tuple[jax.Array, jax.Array]:
         """Growing passes, R refinement passes as one scan, and the pass whose prediction slots the head reads."""
-        num_thoughts = self.num_latent_thoughts
+        num_thoughts, ids = self.num_latent_thoughts, (positions_BT, segment_ids_BT)
         # Passes before this one are computed without keeping anything for the backward pass.
         num_passes = num_thoughts + num_jacobi_iterations + 1
         first_kept = num_passes - self.backprop_passes if self.backprop_passes else 0
+        state = self._begin(backbone, x_BTD, ids, first_kept)
 
-        def apply_pass(
-            backbone: nn.Module, z_BQD: jax.Array | None, keep: bool, start: int = 0, stop: int | None = None
-        ) -> jax.Array:
-            x_and_z = (x_BTD, z_BQD) if keep else jax.lax.stop_gradient((x_BTD, z_BQD))
-            h_BQD, _ = _apply_pass(backbone, *x_and_z, positions_BT, segment_ids_BT, start, stop)
-            return h_BQD if keep else jax.lax.stop_gradient(h_BQD)
+        def refine(backbone: nn.Module, state: Any) -> tuple[Any, jax.Array]:
+            return self._refined(backbone, x_BTD, ids, state)
 
-        z_BQD = None
-        for k in range(num_thoughts):
-            # The pass that appends thought k + 1 also refines those before it.
-            z_BQD = apply_pass(backbone, z_BQD, keep=k >= first_kept)
+        def refine_constants(backbone: nn.Module, state: Any) -> tuple[Any, jax.Array]:
+            constants = jax.lax.stop_gradient((x_BTD, state))
+            return jax.lax.stop_gradient(self._refined(backbone, constants[0], ids, constants[1]))
 
-        residuals = [jnp.zeros((0,), jnp.float32)]
         num_free = min(max(first_kept - num_thoughts, 0), num_jacobi_iterations)
-        for keep, length in ((False, num_free), (True, num_jacobi_iterations - num_free)):
-            z_BQD, residual_R = _refine(backbone, z_BQD, partial(apply_pass, keep=keep, stop=num_thoughts), length)
-            residuals.append(residual_R)
-
-        return apply_pass(backbone, z_BQD, keep=True, start=num_thoughts), jnp.concatenate(residuals)
+        state, free_R = _repeat(backbone, state, refine_constants, num_free)
+        state, kept_R = _repeat(backbone, state, refine, num_jacobi_iterations - num_free)
+        return self._predicted(backbone, x_BTD, ids, state), jnp.concatenate([free_R, kept_R])
 
     def forward_settled(
         self,
@@ -116,34 +107,54 @@ class Latent(Recurrence):
         tolerance: float,
     ) -> tuple[jax.Array, jax.Array]:
         """Passes without gradients until the thoughts have settled, in a loop; then `backprop_passes` with them."""
-        num_thoughts, num_trained = self.num_latent_thoughts, self.backprop_passes - 1
-        ids = positions_BT, segment_ids_BT
+        ids, num_trained = (positions_BT, segment_ids_BT), self.backprop_passes - 1
 
-        def settle(backbone: nn.Module, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            z_BQD = self._grow(backbone, x_BTD, *ids)
-
+        def settle(backbone: nn.Module, x_BTD: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
             def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
                 _, residual, num_passes = carry
                 return (residual > tolerance) & (num_passes < num_jacobi_iterations - num_trained)
 
             def refine(backbone: nn.Module, carry: tuple) -> tuple:
-                z_BQD, _, num_passes = carry
-                new_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids, stop=num_thoughts)
-                return new_BQD, thought_residual(new_BQD, z_BQD), num_passes + 1
+                state, _, num_passes = carry
+                return *self._refined(backbone, x_BTD, ids, state), num_passes + 1
 
-            start = (z_BQD, jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+            state = self._begin(backbone, x_BTD, ids, first_kept=0)
+            start = (state, jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
             loop = partial(nn.while_loop, broadcast_variables="params", split_rngs={"params": False})
             return loop(is_unsettled, refine, backbone, start)
 
         # The parameters of the loop are constants: how often it runs is not known when gradients are traced.
         settle = nn.map_variables(settle, "params", trans_in_fn=jax.lax.stop_gradient)
-        z_BQD, _, num_passes = settle(backbone, jax.lax.stop_gradient(x_BTD))
+        state, _, num_passes = settle(backbone, jax.lax.stop_gradient(x_BTD))
 
-        def apply_pass(backbone: nn.Module, z_BQD: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
-            return _apply_pass(backbone, x_BTD, z_BQD, *ids, start, stop)[0]
+        def refine(backbone: nn.Module, state: Any) -> tuple[Any, jax.Array]:
+            return self._refined(backbone, x_BTD, ids, state)
 
-        z_BQD, _ = _refine(backbone, jax.lax.stop_gradient(z_BQD), partial(apply_pass, stop=num_thoughts), num_trained)
-        return apply_pass(backbone, z_BQD, start=num_thoughts), num_passes + num_trained
+        state, _ = _repeat(backbone, jax.lax.stop_gradient(state), refine, num_trained)
+        return self._predicted(backbone, x_BTD, ids, state), num_passes + num_trained
+
+    def _begin(self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, first_kept: int) -> jax.Array:
+        """Growing passes: the thoughts before any refinement, (B, C T, D); those before `first_kept` are constants."""
+        z_BQD = None
+        for k in range(self.num_latent_thoughts):
+            # The pass that appends thought k + 1 also refines those before it.
+            if k >= first_kept:
+                z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids)
+            else:
+                h_BQD, _ = _apply_pass(backbone, *jax.lax.stop_gradient((x_BTD, z_BQD)), *ids)
+                z_BQD = jax.lax.stop_gradient(h_BQD)
+        return z_BQD
+
+    def _refined(
+        self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, z_BQD: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """A refinement pass: the new thoughts and the thought residual."""
+        new_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, *ids, stop=self.num_latent_thoughts)
+        return new_BQD, thought_residual(new_BQD, z_BQD)
+
+    def _predicted(self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, z_BQD: jax.Array | None) -> jax.Array:
+        """The pass whose prediction slots the head reads, (B, T, D)."""
+        return _apply_pass(backbone, x_BTD, z_BQD, *ids, start=self.num_latent_thoughts)[0]
 
     def forward_until(
         self,
@@ -181,7 +192,7 @@ class Latent(Recurrence):
         have been enough for, had it been the last.
         """
         num_thoughts = self.num_latent_thoughts
-        z_BQD = self._grow(backbone, x_BTD, positions_BT, segment_ids_BT)
+        z_BQD = self._begin(backbone, x_BTD, (positions_BT, segment_ids_BT), first_kept=0)
 
         def refine(backbone: nn.Module, z_BQD: jax.Array, _: None) -> tuple[jax.Array, tuple]:
             h_BSD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
@@ -247,15 +258,6 @@ class Latent(Recurrence):
         h_BTD, cache = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT, start, cache=cache)
         return Prefilled(h_BTD[:, -1], cache.replace(is_prefill=False), residual_B, num_passes)
 
-    def _grow(
-        self, backbone: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
-    ) -> jax.Array:
-        """Growing passes: the thoughts before any refinement, (B, C T, D)."""
-        z_BQD = None
-        for _ in range(self.num_latent_thoughts):
-            z_BQD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
-        return z_BQD
-
     def _settle(
         self,
         backbone: nn.Module,
@@ -272,7 +274,7 @@ class Latent(Recurrence):
         """
         num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
         ids = positions_BT, segment_ids_BT
-        z_BQD = self._grow(backbone, x_BTD, *ids)
+        z_BQD = self._begin(backbone, x_BTD, ids, first_kept=0)
         counted_BQ1 = None if counted_BT is None else repeat_ids(counted_BT, num_thoughts)[..., None]
 
         def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
@@ -313,25 +315,20 @@ def _apply_pass(
     return backbone(x_BSD, *ids, cache, kept=SlotRange(slots, start, slots if stop is None else stop))
 
 
-def _refine(
-    backbone: nn.Module, z_BQD: jax.Array, apply_pass: Callable[[nn.Module, jax.Array], jax.Array], length: int
-) -> tuple[jax.Array, jax.Array]:
-    """So many refinement passes as one scan: the thoughts, and the thought residual of each, float32 (length,)."""
+def _repeat(
+    backbone: nn.Module, state: Any, refine: Callable[[nn.Module, Any], tuple[Any, jax.Array]], length: int
+) -> tuple[Any, jax.Array]:
+    """So many refinements as one scan: the state after them, and the thought residual of each, float32 (length,)."""
     if length == 0:
-        return z_BQD, jnp.zeros((0,), jnp.float32)
-
-    def refine(backbone: nn.Module, z_BQD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        new_BQD = apply_pass(backbone, z_BQD)
-        return new_BQD, thought_residual(new_BQD, z_BQD)
-
+        return state, jnp.zeros((0,), jnp.float32)
     scanned = nn.scan(
-        refine,
+        lambda backbone, state, _: refine(backbone, state),
         variable_broadcast="params",
         split_rngs={"params": False},
         length=length,
         unroll=length if backbone.spec.unrolls else 1,
     )
-    return scanned(backbone, z_BQD, None)
+    return scanned(backbone, state, None)
 
 
 def thought_residual(new_BQD: jax.Array, old_BQD: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ values of its own.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,8 +27,8 @@ class Loop(Recurrence):
 
     num_more_runs: int
 
-    slots_per_token = 1
-    uses_jacobi_iterations = False
+    slots_per_token: ClassVar[int] = 1
+    uses_jacobi_iterations: ClassVar[bool] = False
 
     @property
     def passes_per_slot(self) -> int:

@@ -7,6 +7,7 @@ computes them, in training as in decoding.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ class Pause(Recurrence):
     token_id: int
     scale_embeddings: bool
 
-    uses_jacobi_iterations = False
+    uses_jacobi_iterations: ClassVar[bool] = False
 
     @property
     def slots_per_token(self) -> int:

@@ -7,6 +7,7 @@ attends to what the same pass made of the tokens before, so in decoding each has
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,8 +32,8 @@ class Ponder(Recurrence):
     scale_embeddings: bool
     chunk_tokens: int
 
-    slots_per_token = 1
-    uses_jacobi_iterations = False
+    slots_per_token: ClassVar[int] = 1
+    uses_jacobi_iterations: ClassVar[bool] = False
 
     @property
     def passes_per_slot(self) -> int:

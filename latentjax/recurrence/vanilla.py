@@ -1,6 +1,7 @@
 """The plain decoder: every token is one slot, and its hidden state predicts the next token."""
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,8 +15,8 @@ from latentjax.recurrence.base import Prefilled, Recurrence, prefilled_at_once
 class Vanilla(Recurrence):
     """The baseline."""
 
-    slots_per_token = 1
-    uses_jacobi_iterations = False
+    slots_per_token: ClassVar[int] = 1
+    uses_jacobi_iterations: ClassVar[bool] = False
 
     def embedding_scale(self, hidden_size: int) -> float:
         """Embeddings enter as they are."""

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from latentjax.reporting.numbers import finite
 
 DIAGNOSTICS_FILE = "diagnostics.json"
 
@@ -48,8 +49,8 @@ def read_diagnostics(workdir: Path, remarks: list[str]) -> Diagnostics | None:
             loss=_numbers(passes, "loss"),
             residual=_numbers(passes, "thought_residual"),
             distance=_numbers(passes, "distance_from_exact"),
-            exact_loss=_number(content["exact"]["loss"]),
-            contraction={name: _number(content["contraction"][name]) for name in ("residual", "distance")},
+            exact_loss=finite(content["exact"]["loss"]),
+            contraction={name: finite(content["contraction"][name]) for name in ("residual", "distance")},
         )
         if not passes:
             raise ValueError("no passes")
@@ -62,10 +63,4 @@ def read_diagnostics(workdir: Path, remarks: list[str]) -> Diagnostics | None:
 
 
 def _numbers(passes: list[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([_number(each[name]) for each in passes], np.float64)
-
-
-def _number(value: Any) -> float:
-    """NaN for null; JSON's own extensions for what is not finite are taken for it too."""
-    number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else math.nan
+    return np.array([finite(each[name]) for each in passes], np.float64)

@@ -2,10 +2,19 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _MINUS = "\N{MINUS SIGN}"
+_LARGEST = 1e30  # of what is read: sums and squares of more would overflow, and nothing that is meant is so large
 _NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
+
+
+def finite(value: Any) -> float:
+    """Returns a number that a file holds; NaN for null, for what is no number, and for what is not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if abs(value) < _LARGEST else math.nan
 
 
 def written(value: float, decimals: int) -> str:

@@ -268,7 +268,8 @@ _COUNTING = {
     ),
     "Training FLOPs": (
         "Matrix products that the method needs, forward and backward: all passes, causal attention at half, nothing "
-        "for recomputation. R is known for each step, so that they are exact for each run. Steps that were done "
+        "for recomputation. R is known for each step, so that they are exact for each run; with a tolerance in "
+        "place of R it is known at logged steps, and taken for those since the one before. Steps that were done "
         "again after a kill or a rewind count once."
     ),
     "Decoding FLOPs": (

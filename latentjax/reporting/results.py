@@ -31,7 +31,7 @@ class Column:
 
 COLUMNS = (
     Column("held_out_loss", "Held-out loss", "nats per token", lambda run, curve, at: curve.loss[at], True),
-    Column("perplexity", "Perplexity", "per token", lambda run, curve, at: math.exp(min(curve.loss[at], 700.0)), True),
+    Column("perplexity", "Perplexity", "per token", lambda run, curve, at: math.exp(min(curve.loss[at], 300.0)), True),
     Column("bits_per_byte", "Bits per byte", "of text", lambda run, curve, at: curve.bits_per_byte[at], True),
     Column(
         "parameters", "Parameters", "", lambda run, curve, at: run.cost.layer_parameters + run.cost.table_parameters

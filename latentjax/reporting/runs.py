@@ -14,6 +14,7 @@ from latentjax.errors import UserError, brief, shown
 from latentjax.opening import CONFIG, is_run, read_run_config
 from latentjax.recurrence.draw import Work
 from latentjax.reporting.diagnostics import Diagnostics, read_diagnostics
+from latentjax.reporting.numbers import finite
 from latentjax.training.cost import Cost, cost_of, flops_of_steps, works_of_steps
 from latentjax.training.goodput import GOODPUT_FILE, STEPS
 from latentjax.training.metrics import read_metrics
@@ -116,9 +117,9 @@ def read_run(directory: str) -> RunRecord:
     lines = _read_lines(workdir / "metrics.jsonl", remarks)
     training = _curve(lines, config, remarks)
     evaluated_n = np.array(["eval_loss" in line for line in lines], bool)
-    losses_n = np.array([_number(line.get("eval_loss")) for line in lines], np.float64)
-    bits_n = np.array([_number(line.get("eval_bits_per_byte")) for line in lines], np.float64)
-    residual_n = np.array([_number(line.get("thought_residual")) for line in lines], np.float64)
+    losses_n = np.array([finite(line.get("eval_loss")) for line in lines], np.float64)
+    bits_n = np.array([finite(line.get("eval_bits_per_byte")) for line in lines], np.float64)
+    residual_n = np.array([finite(line.get("thought_residual")) for line in lines], np.float64)
     held_out = dataclasses.replace(training, loss=losses_n, bits_per_byte=bits_n).only(np.isfinite(losses_n))
     summary = _read_object(workdir / "summary.json", remarks)
     step = int(training.steps[-1]) if lines else 0
@@ -127,7 +128,7 @@ def read_run(directory: str) -> RunRecord:
     if evaluated_n.any() and not np.isfinite(losses_n[evaluated_n][-1]):
         diverged = True
     _remark_on(remarks, config, step, is_finished, diverged, bool(evaluated_n.any()), summary)
-    wall = _number(summary.get("wall_seconds")) if is_finished else math.nan
+    wall = finite(summary.get("wall_seconds")) if is_finished else math.nan
     if not math.isfinite(wall):
         wall = _booked_seconds(workdir / GOODPUT_FILE)
     versions = summary.get("versions")
@@ -208,8 +209,8 @@ def _curve(lines: list[dict[str, Any]], config: ConfigDict, remarks: list[str]) 
         steps=steps_n.astype(np.float64),
         tokens=tokens_n,
         flops=flops_n,
-        seconds=_seconds(tokens_n, [_number(line.get("tokens_per_second")) for line in lines]),
-        loss=np.array([_number(line.get("loss")) for line in lines], np.float64),
+        seconds=_seconds(tokens_n, [finite(line.get("tokens_per_second")) for line in lines]),
+        loss=np.array([finite(line.get("loss")) for line in lines], np.float64),
         bits_per_byte=np.full(len(lines), np.nan),
     )
 
@@ -218,7 +219,7 @@ def _as_logged(works: list[Work], lines: list[dict[str, Any]]) -> list[Work]:
     """With the R that was found at each line, for the steps since the line before too."""
     logged, begin = list(works), 0
     for line in lines:
-        found = _number(line.get("num_jacobi_iterations"))
+        found = finite(line.get("num_jacobi_iterations"))
         for step in range(begin, line["step"]):
             if works[step].num_latent_thoughts and math.isfinite(found):
                 logged[step] = works[step]._replace(num_jacobi_iterations=found)
@@ -280,20 +281,9 @@ def _booked_seconds(path: Path) -> float:
     seconds = _read_object(path, []).get("seconds")
     if not isinstance(seconds, dict) or STEPS not in seconds:
         return math.nan
-    return math.fsum(_number(each) for each in seconds.values())
+    return math.fsum(finite(each) for each in seconds.values())
 
 
 def _fingerprint(path: Path) -> str | None:
     value = _read_object(path, []).get("fingerprint")
     return value if isinstance(value, str) else None
-
-
-def _number(value: Any) -> float:
-    """A finite number of a file, NaN for all else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan

@@ -29,6 +29,7 @@ _REFINEMENT = (
     "train_schedule",
     "handover_ratio",
     "train_tolerance",
+    "refinement",
 )
 # How a knob is written in a label; others as their name and value.
 _WRITTEN = {
@@ -42,6 +43,7 @@ _WRITTEN = {
     "train.num_steps": "{:,} steps",
     "data.batch_size": "batch {}",
     "data.sequence_length": "sequences of {}",
+    "tokenizer.fingerprint": "tokenizer {}",
 }
 # These go with others, and are named only where labels would be the same without.
 _QUIET = ("model.intermediate_size", "model.num_heads", "model.vocab_size", "model.max_position_embeddings")
@@ -99,8 +101,11 @@ def group(runs: Sequence[RunRecord], labels: Sequence[str] | None = None) -> lis
       UserError: the labels are not as many as the settings, or not different.
     """
     groups: dict[Any, list[RunRecord]] = {}
+    knows_tokenizers = all(run.tokenizer is not None for run in runs)
     for run in runs:
-        groups.setdefault(tuple(effective(run).items()), []).append(run)
+        # One that is trained on the corpus may be another with the same config.
+        tokenizer = {"tokenizer.fingerprint": run.tokenizer[:8]} if knows_tokenizers else {}
+        groups.setdefault(tuple((effective(run) | tokenizer).items()), []).append(run)
     found = _labels([dict(key) for key in groups])
     if labels is not None:
         given = [printable(label) for label in labels]

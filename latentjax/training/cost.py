@@ -15,7 +15,7 @@ from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import Recurrence, RecurrenceSpec
 from latentjax.recurrence.draw import TrainSchedule, Work
 from latentjax.recurrence.language_model import LanguageModel
-from latentjax.recurrence.methods import make_recurrence
+from latentjax.recurrence.methods import make_recurrence, train_recurrence
 from latentjax.training.flops import cache_bytes_per_token, decode_flops_per_token, work_flops_per_token
 
 
@@ -59,9 +59,10 @@ def cost_of(config: ConfigDict) -> Cost:
     length = config.data.sequence_length
     layers, tables = _count_parameters(LanguageModel(spec, recurrence_spec))
     shares = schedule.shares
-    train_flops = sum(share * work_flops_per_token(spec, recurrence, length, work) for work, share in shares.items())
+    flops = (share * work_flops_per_token(spec, recurrence_spec, length, work) for work, share in shares.items())
+    train_flops = sum(flops)
     forwards = (
-        share * recurrence.with_thoughts(work.num_latent_thoughts).token_forwards(work.num_jacobi_iterations)
+        share * train_recurrence(recurrence_spec, work.num_latent_thoughts).token_forwards(work.num_jacobi_iterations)
         for work, share in shares.items()
     )
     return Cost(
@@ -92,9 +93,9 @@ def flops_of_steps(config: ConfigDict, works: Sequence[Work]) -> np.ndarray:
       config: validated.
       works: of each, as `works_of_steps` gives them; R may be a mean.
     """
-    spec, _, recurrence, _ = _described(config)
+    spec, recurrence_spec, _, _ = _described(config)
     length = config.data.sequence_length
-    per_token = {work: work_flops_per_token(spec, recurrence, length, work) for work in set(works)}
+    per_token = {work: work_flops_per_token(spec, recurrence_spec, length, work) for work in set(works)}
     return np.array([per_token[work] for work in works], np.float64) * config.data.batch_size * length
 
 
@@ -110,7 +111,8 @@ def _described(config: ConfigDict) -> tuple[ModelSpec, RecurrenceSpec, Recurrenc
 def _count_parameters(model: LanguageModel) -> tuple[int, int]:
     """Of the layers, and of embeddings and head."""
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    sizes = {path: leaf.size for path, leaf in flatten_dict(nn.meta.unbox(variables)["params"]).items()}
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(nn.meta.unbox(variables)["params"])
+    sizes = {path: leaf.size for path, leaf in leaves.items()}
     tables = sum(size for path, size in sizes.items() if {"embedding", "position_embedding", "head"} & set(path))
     return sum(sizes.values()) - tables, tables
 

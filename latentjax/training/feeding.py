@@ -2,7 +2,8 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +13,13 @@ from latentjax.training.mesh import put_batch
 
 
 def put_ahead(
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: Generator[dict[str, Any], None, None],
     mesh: Mesh,
     ahead: int,
     limit: int | None = None,
     rows: np.ndarray | None = None,
     batch_size: int | None = None,
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array], None, None]:
     """Puts batches onto the devices before they are needed: transfers are asynchronous, and go on beside a step.
 
     The order and the arrays are those of `batches`, which is closed in the end, whether it was used up or this iterator

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from latentjax.models.spec import ModelSpec
-from latentjax.recurrence.base import Recurrence
+from latentjax.recurrence.base import Recurrence, RecurrenceSpec
 from latentjax.recurrence.draw import Work
+from latentjax.recurrence.methods import train_recurrence
 from latentjax.training.hardware import chip_of
 
 
@@ -26,12 +27,17 @@ def forward_flops_per_slot(spec: ModelSpec, num_slots: int) -> float:
     return spec.num_layers * (2.0 * (qkv + out + mlp) + attention)
 
 
-def pass_flops_per_token(spec: ModelSpec, slots: int, kept: int, sequence_length: int) -> float:
+def pass_flops_per_token(
+    spec: ModelSpec, slots: int, kept: int, sequence_length: int, seen: int | None = None
+) -> float:
     """FLOPs of one pass over `slots` slots per token of a sequence, of which `kept` are read afterwards.
 
     Of the others the last layer makes keys and values alone.
+
+    Args:
+      seen: slots per token that it attends among; None: those that it goes over.
     """
-    num_slots = slots * sequence_length
+    num_slots = (slots if seen is None else seen) * sequence_length
     without_keys = spec.hidden_size * spec.num_heads * spec.head_dim * 2  # query and output
     without_keys += (3 if spec.architecture == "llama" else 2) * spec.hidden_size * spec.intermediate_size
     spared = 2.0 * without_keys + causal_attention_flops(spec.num_heads * num_slots, spec.head_dim)
@@ -54,15 +60,16 @@ def train_flops_per_token(
     """Model FLOPs of a training step, per token: forward and backward."""
 
     passes, kept = recurrence.passes(num_jacobi_iterations), recurrence.kept_slots(num_jacobi_iterations)
-    flops = [pass_flops_per_token(spec, *each, sequence_length) for each in zip(passes, kept, strict=True)]
+    each_pass = zip(passes, kept, recurrence.seen_slots(num_jacobi_iterations), strict=True)
+    flops = [pass_flops_per_token(spec, fed, read, sequence_length, seen) for fed, read, seen in each_pass]
     forward = sum(flops)
     backward = 2 * sum(flops[-recurrence.num_trained_passes(num_jacobi_iterations) :])
     return forward + backward + 3 * vocabulary_flops(spec, recurrence)
 
 
-def work_flops_per_token(spec: ModelSpec, recurrence: Recurrence, sequence_length: int, work: Work) -> float:
+def work_flops_per_token(spec: ModelSpec, recurrence_spec: RecurrenceSpec, sequence_length: int, work: Work) -> float:
     """As `train_flops_per_token`, of a step with its C and R; where R is a mean of microbatches, the mean."""
-    recurrence = recurrence.with_thoughts(work.num_latent_thoughts)
+    recurrence = train_recurrence(recurrence_spec, work.num_latent_thoughts)
     whole = int(work.num_jacobi_iterations)
     flops = train_flops_per_token(spec, recurrence, sequence_length, whole)
     if not (rest := work.num_jacobi_iterations - whole):

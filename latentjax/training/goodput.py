@@ -36,7 +36,7 @@ class Goodput:
         self._monotonic, self._now = monotonic, now
         self._last, self._written = monotonic(), -float("inf")
         self._began = now()
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.downtime = 0.0  # between starts
         self.starts = 1
 

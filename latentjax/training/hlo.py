@@ -218,6 +218,7 @@ def _explicit(text: str) -> np.ndarray:
 def _iota(text: str) -> np.ndarray:
     """[2,4]<=[4,2]T(1,0): 0 .. 7 as (4, 2), transposed, as (2, 4); [4,2]T(1,0) is left as transposed."""
     match = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", text)
+    assert match is not None, text  # a form that XLA does not write today
     shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
     ids = np.arange(np.prod(source or shape)).reshape(source or shape)
     ids = ids.transpose(order) if order else ids
@@ -227,6 +228,7 @@ def _iota(text: str) -> np.ndarray:
 def _mesh_groups(text: str) -> np.ndarray:
     """mesh['a'=2,'b'=4], device_ids=(..) {'b'}; an axis may be given in part: 'b':(2)2 is the inner half of b."""
     match = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text)
+    assert match is not None, text
     sizes = {name: int(size) for name, size in re.findall(r"[\"']?([^\"'=,]+)[\"']?=(\d+)", match.group(1))}
     ids = np.arange(np.prod(list(sizes.values())))
     if match.group(2):

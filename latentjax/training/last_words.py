@@ -1,12 +1,13 @@
 """What is said for a process that ends without a word: killed, out of memory, or ended by jax when process 0 is gone.
 
-A process of a few megabytes stands beside each of several that train together. It reads from a pipe where the other one
+A process of a few megabytes stands beside each of several that work together. It reads from a pipe where the other one
 is; when the pipe ends before the other one has taken its leave, it says so.
 
-python -m latentjax.training.last_words PROCESS COORDINATOR
+python -m latentjax.training.last_words PROCESS COORDINATOR VERB
 """
 
 import contextlib
+import dataclasses
 import signal
 import socket
 import subprocess
@@ -16,13 +17,33 @@ from collections.abc import Iterable
 _GOODBYE = "goodbye"
 
 
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """How it is spoken of what several processes do together.
+
+    Attributes:
+      name: of the verb.
+      start: what a process does that has not said where it is.
+      again: what is to be done when one of them is gone.
+    """
+
+    name: str
+    start: str
+    again: str
+
+
+TRAIN = Verb("train", "before its first step", "the same command continues")
+EVALUATE = Verb("evaluate", "evaluating", "give the same command again")
+_VERBS = {verb.name: verb for verb in (TRAIN, EVALUATE)}
+
+
 class Witness:
     """The process that speaks when this one cannot."""
 
-    def __init__(self, process: int, coordinator: str):
+    def __init__(self, process: int, coordinator: str, verb: Verb):
         """Starts it; `coordinator` is HOST:PORT of process 0."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "latentjax.training.last_words", str(process), coordinator],
+            [sys.executable, "-m", "latentjax.training.last_words", str(process), coordinator, verb.name],
             stdin=subprocess.PIPE,
             text=True,
         )
@@ -43,9 +64,9 @@ class Witness:
             self._process.stdin.flush()
 
 
-def last_words(lines: Iterable[str], process: str, coordinator: str) -> str | None:
+def last_words(lines: Iterable[str], process: str, coordinator: str, verb: Verb) -> str | None:
     """Reads what the process says until it ends; returns what is to be said for it, or None if it took its leave."""
-    place = "before its first step"
+    place = verb.start
     for line in lines:
         if line.strip() == _GOODBYE:
             return None
@@ -57,7 +78,7 @@ def last_words(lines: Iterable[str], process: str, coordinator: str) -> str | No
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
             cause = f"process 0 at {coordinator}, which connects the processes, is gone"
-    return f"process {process} ended while {place}: {cause}; the same command continues"
+    return f"process {process} ended while {place}: {cause}; {verb.again}"
 
 
 def main() -> None:
@@ -65,9 +86,10 @@ def main() -> None:
     # They go to the whole group, and the other one has work to do yet.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    words = last_words(sys.stdin, *sys.argv[1:])
+    process, coordinator, name = sys.argv[1:]
+    words = last_words(sys.stdin, process, coordinator, _VERBS[name])
     if words is not None:
-        print(f"latentjax.train: {words}", file=sys.stderr, flush=True)
+        print(f"latentjax.{name}: {words}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def _steps(
     return state, step, None
 
 
-def _train_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
+def _train_batches(run: Run) -> Generator[dict[str, jax.Array], None, None]:
     """The batches from the run's first step to its last, on the devices."""
     data = run.config.data
     rows = rows_of_process(run.mesh, data.batch_size)

@@ -45,12 +45,15 @@ class Peer(Protocol):
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> Any:
         """Puts a batch, as `data.windows` makes it, onto the device."""
+        ...
 
     def loss_and_gradients(self, batch: Any) -> tuple[float, Tensors]:
         """Returns the mean loss in nats and the gradients, under the names of the tensors it was made from."""
+        ...
 
     def step(self, batch: Any, learning_rate: float) -> Any:
         """Takes a step; returns the loss before it, a scalar that `float` waits for."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,5 +335,5 @@ def _relative(one: float, other: float) -> float:
     return abs(one - other) / max(abs(one), abs(other), 1e-30)
 
 
-def _norm(tensors: Tensors) -> float:
+def _norm(tensors: Mapping[Any, np.ndarray]) -> float:
     return float(np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in tensors.values())))

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from latentjax.errors import OthersMissing, UserError, brief, report, shown
-from latentjax.training.last_words import Witness
+from latentjax.training.last_words import Verb, Witness
 from latentjax.training.watchdog import CoordinatorBoard, Watchdog
 
 Result = TypeVar("Result")
@@ -43,9 +43,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
       UserError: only some of the three are given, they make no sense, or the GPUs of this node cannot be shared out.
       OthersMissing: the others cannot be reached.
     """
-    explicit = (coordinator, num_processes, process_id)
-    if any(value is not None for value in explicit):
-        if None in explicit:
+    if any(value is not None for value in (coordinator, num_processes, process_id)):
+        if coordinator is None or num_processes is None or process_id is None:
             raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
         host, _, port = coordinator.rpartition(":")
         if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
@@ -59,10 +58,30 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             process_id=process_id,
             cluster_detection_method="deactivate",
         )
-    elif launcher := next((name for key, name in _LAUNCHERS.items() if int(os.environ.get(key, 1)) > 1), None):
+    elif launcher := _launcher():
         _initialize(launcher, **gpus_of_process())
     elif _is_on_tpu_pod():
         _initialize("the TPU pod")
+
+
+def refuse_several(verb: str) -> None:
+    """Checks that this process is no part of several, for a verb that each of them would do by itself.
+
+    Raises:
+      UserError: a launcher has started several, or the chips of this machine are those of a TPU pod.
+    """
+    if launcher := _launcher():
+        raise UserError(f"{verb} is done by one process, and {launcher} has started several: start one")
+    if "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and _is_on_tpu_pod():
+        raise UserError(
+            f"{verb} is done by one process, and the chips of this machine work only together with those of the other "
+            "machines of its TPU slice: use another machine, or this one's CPU (JAX_PLATFORMS=cpu)"
+        )
+
+
+def _launcher() -> str | None:
+    """What has started this process and others with it, if the environment says so."""
+    return next((name for key, name in _LAUNCHERS.items() if int(os.environ.get(key, 1)) > 1), None)
 
 
 def _initialize(launcher: str = "--coordinator", **arguments) -> None:
@@ -144,13 +163,14 @@ def _metadata(attribute: str) -> str:
 
 
 @contextlib.contextmanager
-def watched(settings: ConfigDict) -> Iterator[Watchdog | None]:
+def watched(verb: Verb, settings: ConfigDict) -> Iterator[Watchdog | None]:
     """A context in which this process and the others watch each other; yields None where there are no others.
 
     An exception that leaves the context is reported here, to the others too, and ends the process: on its way out jax
     would wait for the others, and they for it.
 
     Args:
+      verb: what the processes do together.
       settings: the `train` group of the config: how long to be patient.
     """
     if not jax.distributed.is_initialized():
@@ -163,14 +183,15 @@ def watched(settings: ConfigDict) -> Iterator[Watchdog | None]:
         board.num_processes,
         lost_after=settings.lost_after_seconds,
         hung_after=settings.hung_after_seconds,
-        witness=Witness(board.process, board.address),
+        witness=Witness(board.process, board.address, verb),
+        verb=verb,
     )
     try:
         yield watchdog
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely it is the devices of another that are gone
             watchdog.expect_verdict()
-        status = report("train", error)
+        status = report(verb.name, error)
         watchdog.end(f"{type(error).__name__}: {brief(error, _MESSAGE_BYTES)}", status)
         sys.stdout.flush()
         os._exit(status)

@@ -13,7 +13,6 @@ from latentjax.errors import UserError
 from latentjax.models.remat import POLICIES
 from latentjax.recurrence.draw import Work
 from latentjax.recurrence.language_model import LanguageModel
-from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import programs
 from latentjax.training.flops import work_flops_per_token
 from latentjax.training.hlo import parse
@@ -175,8 +174,7 @@ def examine(config: ConfigDict, topology: Topology, num_jacobi_iterations: int |
 
 
 def _flops_per_token(config: ConfigDict, model: LanguageModel, work: Work) -> float:
-    recurrence = make_recurrence(model.recurrence_spec)
-    return work_flops_per_token(model.spec, recurrence, config.data.sequence_length, work)
+    return work_flops_per_token(model.spec, model.recurrence_spec, config.data.sequence_length, work)
 
 
 def _memory(compiled: jax.stages.Compiled, capacity: float) -> Memory:

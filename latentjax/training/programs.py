@@ -22,7 +22,7 @@ from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.draw import TrainSchedule, Work
 from latentjax.recurrence.language_model import LanguageModel
-from latentjax.recurrence.methods import make_recurrence
+from latentjax.recurrence.methods import train_recurrence
 from latentjax.training.compiler_options import options_for
 from latentjax.training.mesh import RULES, batch_sharding, replicated
 from latentjax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -57,9 +57,8 @@ def schedule_of(config: ConfigDict) -> TrainSchedule:
 
 def largest_work(config: ConfigDict) -> Work:
     """That of the steps which take the most forwards, and so the most memory."""
-    recurrence = make_recurrence(RecurrenceSpec(**config.recurrence))
-    works = schedule_of(config).works
-    return max(works, key=lambda work: recurrence.with_thoughts(work[0]).token_forwards(work.num_jacobi_iterations))
+    spec, works = RecurrenceSpec(**config.recurrence), schedule_of(config).works
+    return max(works, key=lambda work: train_recurrence(spec, work[0]).token_forwards(work.num_jacobi_iterations))
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -32,7 +32,7 @@ class Recorder:
         config = run.config
         self._run, self._log, self._progress, self._num_steps = run, log, progress, config.train.num_steps
         self._tokens_per_step = config.data.batch_size * config.data.sequence_length
-        length, spec, recurrence = config.data.sequence_length, run.model.spec, run.recurrence
+        length, spec, recurrence = config.data.sequence_length, run.model.spec, run.model.recurrence_spec
         self._flops_per_token = functools.cache(lambda work: work_flops_per_token(spec, recurrence, length, work))
         peak = peak_flops(run.mesh.devices.flat[0])
         self._peak_flops = None if peak is None else peak * run.mesh.size

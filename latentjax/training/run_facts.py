@@ -42,6 +42,7 @@ _SETTINGS = (
     "recurrence.train_schedule",
     "recurrence.handover_ratio",
     "recurrence.train_tolerance",
+    "recurrence.refinement",
     "train.num_steps",
     "train.seed",
 )

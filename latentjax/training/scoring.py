@@ -5,6 +5,7 @@ that are scored and to no others, some at a time, so the logits of a batch are n
 """
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from latentjax.data.tokenizers.base import Tokenizer
 from latentjax.errors import UserError
 from latentjax.models.attention import SHARED_PREFIX
 from latentjax.recurrence.language_model import LanguageModel
+from latentjax.training import processes
 from latentjax.training.completion import Completer, Sampling
 from latentjax.training.mesh import BATCH_AXES, batch_sharding, put_shards, replicated
 from latentjax.training.programs import compile_lowered, memory_errors, sharded_tracing
@@ -36,6 +38,7 @@ _LOGITS_AT_ONCE = 1 << 24
 # Rows are at least so long: shorter trees share one, and attention to what they do not see costs little up to here.
 _SHORTEST_PACKED, _SHORTEST_ALONE = 256, 64
 _IN_FLIGHT = 2
+_moments = itertools.count()
 
 Request = tuple[Sequence[int], Sequence[int]]  # ids of the context, at least one, and of the continuation
 
@@ -202,6 +205,7 @@ class Scorer:
             with sharded_tracing(self.mesh):
                 lowered = jax.jit(self._score_batch, out_shardings=replicated(self.mesh)).lower(self.params, batch)
             self._programs[shape] = compile_lowered(lowered, self.mesh)
+            processes.wait_for_all(f"compiled for scoring {next(_moments)}")
             seconds = time.monotonic() - began
             self.seconds_compiling += seconds
             self._note(f"compiled for {shape[0]} rows of {shape[1]} tokens in {seconds:.1f} s")

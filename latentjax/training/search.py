@@ -15,7 +15,7 @@ from latentjax.errors import UserError
 from latentjax.models.remat import POLICIES
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import Recurrence, RecurrenceSpec
-from latentjax.recurrence.methods import make_recurrence
+from latentjax.recurrence.methods import train_recurrence
 from latentjax.training.flops import train_flops_per_token
 from latentjax.training.mesh import AXES, check_divisible
 from latentjax.training.program_report import GIB, ProgramReport, examine
@@ -175,8 +175,8 @@ def num_parameters(spec: ModelSpec) -> int:
 
 def _largest(config: ConfigDict) -> tuple[Recurrence, int]:
     """The method, with the C of the largest step, and its R."""
-    work, recurrence = largest_work(config), make_recurrence(RecurrenceSpec(**config.recurrence))
-    return recurrence.with_thoughts(work.num_latent_thoughts), work.num_jacobi_iterations
+    work = largest_work(config)
+    return train_recurrence(RecurrenceSpec(**config.recurrence), work.num_latent_thoughts), work.num_jacobi_iterations
 
 
 def least_memory(config: ConfigDict) -> float:

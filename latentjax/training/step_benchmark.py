@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from latentjax.data.progress import Progress
 from latentjax.data.windows import document_layout
 from latentjax.errors import UserError
-from latentjax.recurrence.methods import make_recurrence
+from latentjax.recurrence.methods import train_recurrence
 from latentjax.training.flops import peak_flops, work_flops_per_token
 from latentjax.training.mesh import make_mesh, put_batch, rows_of_process
 from latentjax.training.optimizer import make_optimizer
@@ -172,10 +172,11 @@ def benchmark_steps(config: ConfigDict, thoughts: Sequence[int], rounds: int, st
     programs, results = {}, {}
     for each in configs:
         model = make_model(each, mesh)
-        recurrence, abstract = make_recurrence(model.recurrence_spec), abstract_state(model, optimizer, mesh)
+        abstract = abstract_state(model, optimizer, mesh)
         num_tokens = each.data.batch_size * each.data.sequence_length
         for work in schedule_of(each).works:
-            of_work, iterations = recurrence.with_thoughts(work.num_latent_thoughts), work.num_jacobi_iterations
+            iterations = work.num_jacobi_iterations
+            of_work = train_recurrence(model.recurrence_spec, work.num_latent_thoughts)
             key = (of_work.forwards_per_token - 1, iterations)
             progress.note(f"C={key[0]} R={key[1]}: compiling")
             start = time.perf_counter()
@@ -186,7 +187,7 @@ def benchmark_steps(config: ConfigDict, thoughts: Sequence[int], rounds: int, st
             progress.note(
                 f"C={key[0]} R={key[1]}: traced in {traced - start:.1f} s, compiled in {compiled - traced:.1f} s"
             )
-            flops = work_flops_per_token(model.spec, recurrence, each.data.sequence_length, work)
+            flops = work_flops_per_token(model.spec, model.recurrence_spec, each.data.sequence_length, work)
             results[key] = StepTimes(
                 num_latent_thoughts=key[0],
                 num_jacobi_iterations=iterations,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from latentjax.training.last_words import Witness
+from latentjax.training.last_words import TRAIN, Verb, Witness
 
 # sysexits.h: a failure that may be gone the next time. Schedulers are told to start such a run again.
 TRY_AGAIN = 75
@@ -33,6 +33,7 @@ class Board(Protocol):
 
     def read(self) -> dict[int, str]:
         """Returns the text of every process that has written; may block or raise likewise."""
+        ...
 
 
 class CoordinatorBoard:
@@ -80,9 +81,9 @@ class Note:
     ended: str | None = None
     status: int = 0
 
-    def place(self) -> str:
+    def place(self, verb: Verb) -> str:
         """Where it is, in words."""
-        return "before its first step" if self.doing < 0 else f"{DOINGS[self.doing]} (step {self.step})"
+        return verb.start if self.doing < 0 else f"{DOINGS[self.doing]} (step {self.step})"
 
 
 @dataclasses.dataclass
@@ -106,6 +107,7 @@ class Watchdog:
         hung_after: float,
         leave: Callable[[int], None] = os._exit,
         witness: Witness | None = None,
+        verb: Verb = TRAIN,
     ):
         """Begins to watch.
 
@@ -114,13 +116,14 @@ class Watchdog:
           hung_after: seconds without progress of this process's loop after which all end; 0: never.
           leave: ends this process with an exit status, whatever its other threads do.
           witness: is kept up to date about what to say should this process end without a word.
+          verb: what the processes do together.
         """
         self._board, self._process, self._num_processes = board, process, num_processes
         self._tick_seconds = min(5.0, lost_after / 4)
         self._lost_ticks = max(2, round(lost_after / self._tick_seconds))
         self._hung_ticks = round(hung_after / self._tick_seconds)
         self._lost_after, self._hung_after = lost_after, hung_after
-        self._leave, self._witness = leave, witness
+        self._leave, self._witness, self._verb = leave, witness, verb
         self._own = Note(0, f"{socket.gethostname()}, process id {os.getpid()}", 0, -1)
         # One that is never heard of is lost as well.
         self._seen = {each: _Seen(Note(0, "host not known", 0, -1)) for each in range(num_processes)}
@@ -194,11 +197,11 @@ class Watchdog:
         # Ticks and not the time: while this process is stopped, none goes by, and nobody is found lost for that.
         while not self._over.wait(self._tick_seconds):
             if self._witness is not None:
-                self._witness.update(self._own.place())
+                self._witness.update(self._own.place(self._verb))
             verdict = self.tick()
             if verdict is not None and not self._over.is_set():
                 reason, status = verdict
-                print(f"latentjax.train: process {self._process}: {reason}", file=sys.stderr, flush=True)
+                print(f"latentjax.{self._verb.name}: process {self._process}: {reason}", file=sys.stderr, flush=True)
                 self.end(reason, status)
                 self._leave(status)
                 return
@@ -219,7 +222,7 @@ class Watchdog:
                     if seen.ticks > _GRACE_TICKS:
                         return f"process {process} ({seen.note.host}) has ended: {seen.note.ended}", seen.note.status
                 elif process in self._gone():
-                    last = f"when last heard of, it was {seen.note.place()}"
+                    last = f"when last heard of, it was {seen.note.place(self._verb)}"
                     return self._lost(f"nothing was heard of process {process} ({seen.note.host})", last), TRY_AGAIN
             return self._hang()
 
@@ -227,7 +230,7 @@ class Watchdog:
         return [process for process, seen in self._seen.items() if seen.ticks > self._lost_ticks]
 
     def _lost(self, what: str, more: str = "") -> str:
-        return f"{what} for {self._lost_after:g} s{'; ' if more else ''}{more}; leaving, the same command continues"
+        return f"{what} for {self._lost_after:g} s{'; ' if more else ''}{more}; leaving, {self._verb.again}"
 
     def _hang(self) -> tuple[str, int] | None:
         place = (self._own.step, self._own.doing)
@@ -239,9 +242,9 @@ class Watchdog:
         places[self._process] = place
         behind = sorted(process for process in places if places[process] == min(places.values()))
         if len(behind) == len(places):
-            culprit = f"all are {self._own.place()}, so their devices wait for each other"
+            culprit = f"all are {self._own.place(self._verb)}, so their devices wait for each other"
         else:
             hosts = {process: seen.note for process, seen in self._seen.items()} | {self._process: self._own}
             names = ", ".join(f"process {process} ({hosts[process].host})" for process in behind)
-            culprit = f"the one behind is {names}, {hosts[behind[0]].place()}"
-        return f"no progress for {self._hung_after:g} s: {culprit}; leaving, the same command continues", TRY_AGAIN
+            culprit = f"the one behind is {names}, {hosts[behind[0]].place(self._verb)}"
+        return f"no progress for {self._hung_after:g} s: {culprit}; leaving, {self._verb.again}", TRY_AGAIN

@@ -145,12 +145,14 @@ def assert_error(directory, pattern):
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"model_type": "mamba"}, r"config\.json: model_type='mamba'.*'gpt_neox' and 'llama' and 'gpt2'"),
+        ({"model_type": "mamba"}, r"config\.json: model_type='mamba'.*'gpt_neox', 'llama' and 'gpt2' are"),
         ({"quantization_config": {"bits": 4}}, r"config\.json: quantization_config=.*bits"),
         ({"num_key_value_heads": 2}, r"config\.json: num_key_value_heads=2 .*only llama"),
-        ({"hidden_act": "relu"}, r"config\.json: hidden_act='relu'.*'gelu'"),
+        ({"hidden_act": "relu"}, r"config\.json: hidden_act='relu'.*only 'gelu' is"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"config\.json: rope_scaling=.*linear"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"config\.json: rope_type='yarn'"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, r"config\.json: rope_type='yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 500.0}}}, r"config\.json: .* 'full_attention' alone"),
         ({"attention_bias": False}, r"config\.json: attention_bias=False"),
         ({"interpolation": True}, r"config\.json: interpolation=True"),
         ({"method": "guess"}, r"config\.json: method='guess'.*vanilla.*latent"),
@@ -220,9 +222,11 @@ def test_missing_files(folder, tmp_path):
 
 
 def test_index_without_a_map(folder):
-    """A broken index is named."""
+    """A broken index is named, and so is one that names a file that is not there."""
     (folder / INDEX).write_text("{}")
     assert_error(folder, r"index\.json: 'weight_map' is missing")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}}))
+    assert_error(folder, r"model-2-of-2\.safetensors is missing: .*index\.json says")
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1])

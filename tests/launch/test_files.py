@@ -112,7 +112,10 @@ def test_the_image_runs_the_trainer_as_nobody_in_particular():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     install = next(at for at, (name, value) in enumerate(found) if "pip install" in value)
     before = " ".join(value for _, value in found[:install])
-    for needed in [project["project"]["readme"], *project["project"]["license-files"], "latentjax", "pyproject.toml"]:
+    packaged = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    for needed in [
+        project["project"]["readme"], *project["project"]["license-files"], *packaged, "pyproject.toml",
+    ]:  # fmt: skip
         assert needed in before
     assert {"tpu", "cuda"} <= project["project"]["optional-dependencies"].keys()
 

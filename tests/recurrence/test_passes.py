@@ -59,7 +59,7 @@ def test_passes_and_products(method, number):
     """Slots of a forward, slots of decoding a token, and products with the vocabulary, in a program and as told."""
     iterations = 3 if number != 2 else 0
     recurrence = make_recurrence(
-        RecurrenceSpec(method, number, iterations, (iterations,), 0, True, -1, 2, (), 0.0, 0.0)
+        RecurrenceSpec(method, number, iterations, (iterations,), 0, True, -1, 2, (), 0.0, 0.0, "full")
     )
     variables, ids = {"params": {"scale": jnp.ones(())}}, jnp.arange(NUM_TOKENS)[None]
     x_BTD, vocabulary = jnp.ones((2, NUM_TOKENS, 4)), Vocabulary(jnp.ones((29, 4)), jnp.ones((4, 29)), 1.0, "float32")

@@ -77,7 +77,7 @@ def test_unfinished_and_diverged_runs_do_not_count_beside_others(make):
         ({"data__eval_fraction": 0.2}, {}, "the held-out split (0.3 of the documents held out / 0.2"),
         ({"data__sequence_length": 32}, {}, "the length of sequences (16 / 32)"),
         ({"data__include": ("*.txt",)}, {}, "what is read of it"),
-        ({"model__num_layers": 4}, {"fingerprint": "e" * 64}, "the tokenizer (ffffffffffff / eeeeeeeeeeee)"),
+        ({}, {"fingerprint": "e" * 64}, "the tokenizer (ffffffffffff / eeeeeeeeeeee)"),
     ],
 )
 def test_what_cannot_be_compared(make, change, run, words):

@@ -111,8 +111,12 @@ def test_the_launcher_is_told_by_its_environment(
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     if launcher is None:
         processes.start(None, None, None)
+        processes.refuse_several("export")
         assert not called
     else:
+        monkeypatch.delenv("JAX_PLATFORMS")
+        with pytest.raises(UserError, match="export is done by one process, and "):
+            processes.refuse_several("export")
         message = f"cannot connect with the other processes, started by {launcher}: nobody"
         with pytest.raises(OthersMissing, match=message) as caught:
             processes.start(None, None, None)

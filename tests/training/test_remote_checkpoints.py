@@ -59,9 +59,10 @@ def contents(bucket: Bucket, place: str) -> dict[str, bytes]:
 def restore_every_fault(bucket: Bucket, flips: int, every: int) -> int:
     """Tries each object of checkpoint 7 with each fault (or every n-th of all); returns how often it was set aside."""
     whole = dict(bucket.objects)
-    names = sorted(name for name in whole if name.startswith("run/7/"))
-    assert any("ocdbt" in name for name in names)
-    cases = [(name, fault) for name in names for fault in faults(whole[name][0], flips)]
+    # In the same order always: some names are drawn by chance.
+    names = sorted((name.rpartition("/")[0], bucket.size(name), name) for name in whole if name.startswith("run/7/"))
+    assert any("ocdbt" in name for _, _, name in names)
+    cases = [(name, fault) for _, _, name in names for fault in faults(whole[name][0], flips)]
     set_aside = 0
     for name, fault in cases[::every]:
         bucket.objects = dict(whole)
@@ -84,13 +85,13 @@ def restore_every_fault(bucket: Bucket, flips: int, every: int) -> int:
 
 
 def test_a_damaged_object_is_noticed_or_does_no_harm(saved: Bucket):
-    """Ten of the objects, each with another of seven faults than the one before."""
-    assert restore_every_fault(saved, flips=3, every=12) >= 3
+    """Each object with one of seven faults, in turn."""
+    assert restore_every_fault(saved, flips=3, every=8) >= 5
 
 
 @pytest.mark.long
 def test_every_object_with_every_fault(saved: Bucket):
-    assert restore_every_fault(saved, flips=40, every=1) >= 100
+    assert restore_every_fault(saved, flips=10, every=1) >= 50
 
 
 def test_flipped_bits_that_nobody_notices_are_where_nobody_reads(saved: Bucket):

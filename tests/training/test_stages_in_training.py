@@ -11,7 +11,6 @@ from test_resume import StopAtLook
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
 from latentjax.recurrence.draw import Work
-from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import programs
 from latentjax.training.flops import work_flops_per_token
 from latentjax.training.loop import train
@@ -24,14 +23,14 @@ def config_of(**changes: object) -> ConfigDict:
     config = recipes.get_config()
     config.recurrence.update(changes)
     config.train.update(eval_every_steps=0, sample_every_steps=0)
-    config.mesh.update(data=2, fsdp=2, tensor=1, sequence=2)
+    config.mesh.update(data=2, fsdp=2, sequence=2)
     validate(config)
     return config
 
 
 def assert_mfu_counts(config: ConfigDict, lines: list[dict], works: list[Work]) -> None:
     """MFU over speed is the FLOPs of a token, but for the peak."""
-    spec, recurrence = ModelSpec(**config.model), make_recurrence(RecurrenceSpec(**config.recurrence))
+    spec, recurrence = ModelSpec(**config.model), RecurrenceSpec(**config.recurrence)
     flops = np.array([work_flops_per_token(spec, recurrence, config.data.sequence_length, work) for work in works])
     ratios = np.array([line["mfu"] / line["tokens_per_second"] for line in lines])
     np.testing.assert_allclose(ratios / ratios[0], flops / flops[0], rtol=1e-9)
@@ -70,10 +69,28 @@ def test_stopped_within_a_hand_over_it_goes_on_the_same(staged_run: Path, tmp_pa
 def test_a_tolerance_finds_r_at_every_step(tmp_path: Path):
     """Between what gradients flow through and the most; microbatches find it each by themselves."""
     settings = {"train_tolerance": 0.15, "backprop_passes": 2, "train_jacobi_iterations": (6,)}
-    config = config_of(**settings)
+    config = config_of(refinement="alternating", **settings)
+    config.data.mask_documents = True
     config.train.update(num_steps=6, gradient_accumulation_steps=2)
     train(config, tmp_path / "run", StopRequest())
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     found = [line["num_jacobi_iterations"] for line in lines]
     assert all(2 <= passes <= 6 and (2 * passes).is_integer() for passes in found) and min(found) < 6
     assert_mfu_counts(config, lines, [Work(1, passes) for passes in found])
+
+
+@pytest.mark.long
+def test_alternating_passes_on_a_mesh(tmp_path: Path):
+    """With documents apart, the losses on devices that share sequences are those on devices that do not."""
+    found = []
+    for mesh in ({"data": 2, "fsdp": 1, "sequence": 2, "tensor": 2}, {"data": 8, "fsdp": 1, "sequence": 1}):
+        config = config_of(refinement="alternating", backprop_passes=2, train_jacobi_iterations=(2,))
+        config.model.vocab_size = 258
+        config.data.mask_documents = True
+        config.train.num_steps = 4
+        config.mesh.update(mesh)
+        workdir = tmp_path / str(len(found))
+        train(config, workdir, StopRequest())
+        lines = read_metrics(workdir / "metrics.jsonl")
+        found.append([line[key] for line in lines for key in ("loss", "grad_norm")])
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-4)

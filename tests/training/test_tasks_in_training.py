@@ -65,10 +65,11 @@ def test_the_harness_in_that_place(whole_run: Path, tmp_path: Path, capsys: pyte
         str(whole_run), None, (), None, None, False, (), "", None, names, (1,), None, str(directory), 512
     )
     from latentjax.evaluating import evaluate as evaluate_request
+    from latentjax.evaluating import evaluation_config
 
     expected = {
         f"task/{each.task}/{metric}": value
-        for each in evaluate_request(request, lambda line: None).tasks
+        for each in evaluate_request(request, evaluation_config(request), lambda line: None).tasks
         for metric, value in each.metrics.items()
     }
     assert results[0] == pytest.approx(expected, rel=1e-5)

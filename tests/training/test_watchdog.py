@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import recipes
 
-from latentjax.training.last_words import last_words
+from latentjax.training.last_words import EVALUATE, TRAIN, last_words
 from latentjax.training.watchdog import TRY_AGAIN, Watchdog
 
 LOST_AFTER = 0.8  # seconds
@@ -160,19 +160,22 @@ def test_a_board_that_does_not_answer_is_process_0(watched: Callable, capsys: py
 
 
 def test_last_words():
-    assert last_words(io.StringIO("reading its batch (step 3)\ngoodbye\n"), "1", "localhost:1") is None
-    words = last_words(io.StringIO("reading its batch (step 3)\n"), "1", "localhost:1")
+    assert last_words(io.StringIO("reading its batch (step 3)\ngoodbye\n"), "1", "localhost:1", TRAIN) is None
+    words = last_words(io.StringIO("reading its batch (step 3)\n"), "1", "localhost:1", TRAIN)
     assert words == (
         "process 1 ended while reading its batch (step 3): process 0 at localhost:1, which connects the processes, is "
         "gone; the same command continues"
     )
-    assert "before its first step: killed" in last_words(io.StringIO(""), "0", "localhost:1")
+    assert "before its first step: killed" in last_words(io.StringIO(""), "0", "localhost:1", TRAIN)
+    said = last_words(io.StringIO(""), "0", "localhost:1", EVALUATE)
+    assert said.startswith("process 0 ended while evaluating: killed") and "continues" not in said
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "os.abort()", "witness.dismiss()"])
 def test_the_witness_speaks_for_a_process_that_cannot(end: str):
     program = (
-        "import os; from latentjax.training.last_words import Witness; witness = Witness(0, 'localhost:1'); "
+        "import os; from latentjax.training.last_words import TRAIN, Witness; "
+        "witness = Witness(0, 'localhost:1', TRAIN); "
         f"witness.update('saving (step 9)'); {end}"
     )
     process = subprocess.Popen(

@@ -19,7 +19,7 @@ _READERS = {
 }
 # The same for compressed files, by what stands before `.gz`, `.zst` or `.zstd`. JSON here is JSON lines (so C4 and many
 # others name them); a plain `.json` file is text, such as those among source code.
-_COMPRESSED_READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _READERS[".jsonl"])
+_COMPRESSED_READERS: dict[str, tuple[str, str]] = dict.fromkeys((".jsonl", ".ndjson", ".json"), _READERS[".jsonl"])
 _TEXT = ("text", "TextReader")
 
 

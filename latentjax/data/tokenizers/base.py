@@ -35,13 +35,16 @@ class Tokenizer(Protocol):
     @property
     def bytes_per_id(self) -> np.ndarray:
         """(V,) int32: how many UTF-8 bytes of text each id stands for; 0 for end of document and control ids."""
+        ...
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hex of all that determines the ids; equal for equal tokenizers."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, a document or its beginning, without an end of document."""
+        ...
 
     def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None) -> list[np.ndarray]:
         """Returns the ids of each text as an int32 array of its own length; works on one thread.
@@ -49,6 +52,7 @@ class Tokenizer(Protocol):
         Args:
           continued: for each text whether it goes on in the middle of a document; none does if left out.
         """
+        ...
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray, continued: bool = False) -> bytes:
         """Returns the UTF-8 bytes of `ids`, which may begin or end within a character.
@@ -56,9 +60,11 @@ class Tokenizer(Protocol):
         Args:
           continued: whether the ids are from the middle of a document, not from its beginning.
         """
+        ...
 
     def decode(self, ids: Sequence[int] | np.ndarray, continued: bool = False) -> str:
         """Returns the text of `ids`; a byte that is part of no whole character becomes U+FFFD."""
+        ...
 
     def save(self, directory: str | Path) -> None:
         """Writes what `load_tokenizer` reads into a directory, which is made if it is not there."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from latentjax.data.tokenizers.base import save_description
+from latentjax.data.tokenizers.base import Tokenizer, save_description
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Ids 0..255 are the bytes of UTF-8; 256 ends a document."""
 
     kind = "bytes"

@@ -34,7 +34,7 @@ def _byte_characters() -> dict[int, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_characters()
-BYTE_LEVEL_ALPHABET = tuple(chr(code) for code in sorted(_BYTE_OF_CHARACTER, key=_BYTE_OF_CHARACTER.get))
+BYTE_LEVEL_ALPHABET = tuple(chr(code) for code in sorted(_BYTE_OF_CHARACTER, key=_BYTE_OF_CHARACTER.__getitem__))
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 

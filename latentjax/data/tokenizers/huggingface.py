@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from latentjax.data.tokenizers.base import save_description
+from latentjax.data.tokenizers.base import Tokenizer, save_description
 from latentjax.data.tokenizers.definition import BYTE_TOKENS, Definition, read_definition
 from latentjax.errors import UserError, brief
 
@@ -24,7 +24,7 @@ _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _environment = threading.Lock()
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library, given by the bytes of its tokenizer.json.
 
     Text is encoded as the library does it with these differences. Control tokens come from nowhere: none are put

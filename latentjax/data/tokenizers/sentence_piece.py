@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from latentjax.data.tokenizers.base import SPACE_SYMBOL, save_description
+from latentjax.data.tokenizers.base import SPACE_SYMBOL, Tokenizer, save_description
 from latentjax.errors import UserError, brief
 
 MODEL_FILE = "tokenizer.model"
@@ -34,7 +34,7 @@ class Piece:
     kind: str
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model, given by the bytes of its file.
 
     Models made by `train_sentencepiece` round-trip every text. A model made elsewhere does so as far as it was trained

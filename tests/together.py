@@ -1,4 +1,4 @@
-"""Runs of several processes of 8 devices in all, on this machine, through the command line."""
+"""Command lines of several processes, of 8 devices in all, on this machine."""
 
 import socket
 import subprocess
@@ -14,31 +14,43 @@ from latentjax.training.metrics import read_metrics
 def start_together(
     workdir: Path, *overrides: str, num_processes: int = 2, recipe: str = str(recipes.RECIPE), apart: bool = False
 ) -> list[subprocess.Popen]:
-    """Starts the command line in processes of 8 devices in all; `apart`: each in a directory of its own, WORKDIR/n."""
+    """Starts training in processes of 8 devices in all; `apart`: each in a directory of its own, WORKDIR/n."""
+    places = [workdir / str(number) if apart else workdir for number in range(num_processes)]
+    return start_processes([recipes.command(place, *overrides, recipe=recipe) for place in places])
+
+
+def start_processes(commands: list[list[str]], num_devices: int = 8) -> list[subprocess.Popen]:
+    """Starts command lines as processes that work together, of so many devices in all."""
+    num_processes = len(commands)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     return [
         subprocess.Popen(
             [
-                *recipes.command(workdir / str(number) if apart else workdir, *overrides, recipe=recipe),
+                *command,
                 *("--coordinator", coordinator, "--num_processes", str(num_processes), "--process_id", str(number)),
             ],
-            env=recipes.environment(8 // num_processes),
+            env=recipes.environment(num_devices // num_processes),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(num_processes)
+        for number, command in enumerate(commands)
     ]
 
 
 def run_together(
     workdir: Path, *overrides: str, num_processes: int = 2, recipe: str = str(recipes.RECIPE), apart: bool = False
 ) -> list[subprocess.CompletedProcess]:
-    """Runs the command line in processes of 8 devices in all, to their ends; see `start_together`."""
+    """Runs training in processes of 8 devices in all, to their ends; see `start_together`."""
+    return ended(start_together(workdir, *overrides, num_processes=num_processes, recipe=recipe, apart=apart))
+
+
+def ended(started: list[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
+    """Waits for the ends of processes."""
     results = []
-    for process in start_together(workdir, *overrides, num_processes=num_processes, recipe=recipe, apart=apart):
+    for process in started:
         out, err = process.communicate(timeout=300)
         results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return results
