@@ -242,7 +242,7 @@ def _figure(
         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.linewidth": 0.7,
         "ytick.major.size": 0, "ytick.minor.size": 0, "axes.axisbelow": True, "path.simplify": True,
     }  # fmt: skip
-    known = {key: value for key, value in settings.items() if key in matplotlib.rcParams}
+    known: dict[Any, Any] = {key: value for key, value in settings.items() if key in matplotlib.rcParams}
     with matplotlib.rc_context(known), warnings.catch_warnings(action="ignore"):  # of letters that its font lacks
         svg, png = io.BytesIO(), io.BytesIO()
         _draw(draw, None, "").savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -279,7 +279,7 @@ def _for_page(svg: str, name: str, description: str) -> str:
     svg = re.sub(r'\b(?:xlink:)?href="#([^"]*)"', rf'href="#{name}-\1"', svg)
     for colour, variable in _VARIABLES.items():
         svg = re.sub(colour, f"var({variable})", svg, flags=re.IGNORECASE)
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    width, height = (f"{72 * inches:g}" for inches in _SIZE)  # as matplotlib has them, in points
     body = svg[svg.index(">") + 1 :]
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">{body}'.rstrip()
 

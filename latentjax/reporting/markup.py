@@ -2,6 +2,10 @@
 
 import html
 from collections.abc import Iterable
+from typing import TypeAlias
+
+# Texts, which are escaped, `Markup`, which is not, or iterables of them; None is left out.
+Content: TypeAlias = "str | Iterable[Content] | None"
 
 _EMPTY = frozenset(("br", "col", "hr", "meta"))
 
@@ -12,11 +16,11 @@ class Markup(str):
     __slots__ = ()
 
 
-def element(name: str, /, *children: str | Iterable[str] | None, **attributes: str | None) -> Markup:
+def element(name: str, /, *children: Content, **attributes: str | None) -> Markup:
     """Returns an element.
 
     Args:
-      children: texts, which are escaped, `Markup`, which is not, or iterables of them; None is left out.
+      children: what it holds, see `Content`.
       attributes: a trailing underscore is dropped (`class_`) and others become hyphens; None is left out.
     """
     opening = "".join(
@@ -29,7 +33,7 @@ def element(name: str, /, *children: str | Iterable[str] | None, **attributes: s
     return Markup(f"<{name}{opening}>{joined(children)}</{name}>")
 
 
-def joined(children: str | Iterable[str] | None) -> Markup:
+def joined(children: Content) -> Markup:
     """Returns texts, markup and iterables of them as one piece of markup."""
     if children is None:
         return Markup("")

@@ -64,13 +64,14 @@ def equal_inference(settings: Sequence[Setting], tolerance: float) -> list[Equal
     Returns:
       The groups of two or more, the cheapest first.
     """
-    groups: list[list[Setting]] = []
-    for setting in sorted((each for each in settings if each.loss), key=_decode_flops):
-        if groups and _decode_flops(setting) <= (1 + tolerance) * _decode_flops(groups[-1][0]):
-            groups[-1].append(setting)
+    known = [(setting, loss) for setting in settings if (loss := setting.loss) is not None]
+    groups: list[list[tuple[Setting, Estimate]]] = []
+    for setting, loss in sorted(known, key=lambda pair: _decode_flops(pair[0])):
+        if groups and _decode_flops(setting) <= (1 + tolerance) * _decode_flops(groups[-1][0][0]):
+            groups[-1].append((setting, loss))
         else:
-            groups.append([setting])
-    return [EqualInference(_rank([(each, each.loss) for each in group])) for group in groups if len(group) > 1]
+            groups.append([(setting, loss)])
+    return [EqualInference(_rank(group)) for group in groups if len(group) > 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +170,17 @@ def _ranking(ranked: Sequence[Ranked], decimals: int) -> str:
     """The end of a sentence: who is lowest, and how far the others are above, next to the spread."""
     lowest, *others = ranked
     parts = [
-        f"{each.setting.label} by {written(each.over_lowest.value, decimals)} ({verdict(each)})" for each in others
+        f"{each.setting.label} by {written(gap.value, decimals)} ({verdict(gap)})"
+        for each in others
+        if (gap := each.over_lowest) is not None
     ]
     loss = written(lowest.loss.mean, decimals)
     return f"{lowest.setting.label} has the lowest held-out loss, {loss}. Above it: {'; '.join(parts)}."
 
 
-def verdict(each: Ranked) -> str:
+def verdict(gap: Difference) -> str:
     """Whether a setting is above the lowest by more than the spread, in a few words."""
-    exceeds = each.over_lowest.exceeds_spread
+    exceeds = gap.exceeds_spread
     if exceeds is None:
         return "spread not known"
     return "more than the spread" if exceeds else "within the spread"

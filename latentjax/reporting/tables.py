@@ -1,5 +1,6 @@
 """The tables of a report's page: numbers right-aligned to one another, each with digits that mean something."""
 
+import math
 from collections.abc import Sequence
 
 from latentjax.reporting.figures import COLOURS, DASHES, MARKERS
@@ -73,7 +74,7 @@ def inference_table(found: EqualInference, results: Results, decimals: int) -> M
                 element("td", str(each.loss.n), class_="number"),
                 element("td", _NONE if gap is None else signed(gap.value, decimals), class_="number"),
                 element("td", _NONE if spread is None else written(spread, decimals), class_="number"),
-                element("td", "lowest" if gap is None else verdict(each)),
+                element("td", "lowest" if gap is None else verdict(gap)),
             )
         )
     heads = (
@@ -97,7 +98,8 @@ def training_table(found: EqualTraining, results: Results, decimals: int) -> Mar
     """A column for each budget; the lowest of it stands out, and what is not at the end of its schedule is marked."""
     lowest = []
     for column in range(len(found.budgets)):
-        means = [row[column].loss.mean for row in found.reached if row[column].loss is not None]
+        losses = [row[column].loss for row in found.reached]
+        means = [loss.mean for loss in losses if loss is not None]
         lowest.append(min(means) if len(means) > 1 else None)
     rows = []
     for setting, row in zip(found.settings, found.reached, strict=True):
@@ -179,7 +181,8 @@ def runs_table(results: Results) -> Markup:
 def _train_flops(setting: Setting, results: Results) -> float:
     """As the final table has it."""
     at = [column.key for column in COLUMNS].index("train_flops")
-    return results.rows[results.settings.index(setting)].estimates[at].mean
+    found = results.rows[results.settings.index(setting)].estimates[at]
+    return math.nan if found is None else found.mean
 
 
 def _formatted(column: Column, estimates: Sequence[Estimate | None]) -> tuple[str, list[str | Markup]]:
