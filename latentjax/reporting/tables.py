@@ -53,7 +53,7 @@ def results_table(results: Results) -> Markup:
         count = element("td", str(len(setting.counted)), class_="number")
         body.append(element("tr", _name(place, setting, note), count, *cells))
     head = element("thead", element("tr", element("th", "Setting", scope="col"), _head("Runs", ""), *heads))
-    return scroller(element("table", head, element("tbody", body)), "Final results of each setting")
+    return scroller(element("table", head, element("tbody", body), class_="wide"), "Final results of each setting")
 
 
 def inference_table(found: EqualInference, results: Results, decimals: int) -> Markup:
