@@ -169,13 +169,15 @@ def _rank(losses: Sequence[tuple[Setting, Estimate]]) -> tuple[Ranked, ...]:
 def _ranking(ranked: Sequence[Ranked], decimals: int) -> str:
     """The end of a sentence: who is lowest, and how far the others are above, next to the spread."""
     lowest, *others = ranked
+    gaps = [(each.setting.label, each.over_lowest) for each in others if each.over_lowest is not None]
+    verdicts = {verdict(gap) for _, gap in gaps}
+    alike = len(gaps) > 1 and len(verdicts) == 1  # said once
     parts = [
-        f"{each.setting.label} by {written(gap.value, decimals)} ({verdict(gap)})"
-        for each in others
-        if (gap := each.over_lowest) is not None
+        f"{label} by {written(gap.value, decimals)}" + ("" if alike else f" ({verdict(gap)})") for label, gap in gaps
     ]
+    behind = f" (each time: {verdicts.pop()})" if alike else ""
     loss = written(lowest.loss.mean, decimals)
-    return f"{lowest.setting.label} has the lowest held-out loss, {loss}. Above it: {'; '.join(parts)}."
+    return f"{lowest.setting.label} has the lowest held-out loss, {loss}. Above it: {'; '.join(parts)}{behind}."
 
 
 def verdict(gap: Difference) -> str:

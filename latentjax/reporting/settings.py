@@ -104,7 +104,7 @@ def group(runs: Sequence[RunRecord], labels: Sequence[str] | None = None) -> lis
     knows_tokenizers = all(run.tokenizer is not None for run in runs)
     for run in runs:
         # One that is trained on the corpus may be another with the same config.
-        tokenizer = {"tokenizer.fingerprint": run.tokenizer[:8]} if knows_tokenizers else {}
+        tokenizer = {"tokenizer.fingerprint": str(run.tokenizer)[:8]} if knows_tokenizers else {}
         groups.setdefault(tuple((effective(run) | tokenizer).items()), []).append(run)
     found = _labels([dict(key) for key in groups])
     if labels is not None:
@@ -241,6 +241,6 @@ def _identity(run: RunRecord, knows_tokenizers: bool) -> dict[str, Any]:
         "the corpus": printable(str(text)),
         "what is read of it": corpus,
         "the held-out split": split,
-        "the tokenizer": run.tokenizer[:12] if knows_tokenizers else printable(name),
+        "the tokenizer": str(run.tokenizer)[:12] if knows_tokenizers else printable(name),
         "the length of sequences": data.sequence_length,
     }
