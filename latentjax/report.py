@@ -33,7 +33,7 @@ def _parser() -> LineParser:
         "--labels", nargs="+", help="one for each setting (default: what differs between their configs)"
     )
     parser.add_argument(
-        "--within", type=float, metavar="PERCENT", help="decoding costs that count as equal (default: 10)"
+        "--within", type=float, metavar="PERCENT", help="decoding costs that count as equal (default: 15)"
     )
     parser.add_argument(
         "--budgets", type=float, nargs="+", metavar="FLOPS",
@@ -103,7 +103,7 @@ def _report_runs(flags: argparse.Namespace) -> int:
     runs = [read_run(run) for run in flags.runs]
     if not any(len(run.training) for run in runs):
         raise UserError("nothing to compare: no run has logged a step yet")
-    tolerance = 0.1 if flags.within is None else flags.within / 100
+    tolerance = 0.15 if flags.within is None else flags.within / 100
     budgets = None if flags.budgets is None else sorted(set(flags.budgets))
     results = results_of(group(runs, flags.labels), tolerance, budgets)
     for warning in results.warnings:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from latentjax.errors import UserError
-from latentjax.reporting.numbers import digits, prefix_of
+from latentjax.reporting.numbers import digits, prefix_of, time_unit
 from latentjax.reporting.settings import Setting
 from latentjax.reporting.statistics import smoothed
 
@@ -97,11 +97,7 @@ def views(settings: Sequence[Setting]) -> list[View]:
         names = {"k": "thousand ", "M": "million ", "G": "billion ", "T": "trillion "}
         unit = f"{prefix}FLOPs" if key == "flops" else f"{names.get(prefix, prefix)}tokens"
         found.append(View(key, title, axis, unit, power))
-    usual = _usual_end(settings, "seconds")
-    divisor, unit = next(
-        (pair for pair in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")) if usual >= 2 * pair[0]),
-        (1.0, "seconds"),
-    )
+    divisor, unit = time_unit(_usual_end(settings, "seconds"))
     return [*found, View("seconds", "Time in training steps", "time in training steps", unit, divisor)]
 
 
@@ -279,7 +275,7 @@ def _for_page(svg: str, name: str, description: str) -> str:
     svg = re.sub(r'\b(?:xlink:)?href="#([^"]*)"', rf'href="#{name}-\1"', svg)
     for colour, variable in _VARIABLES.items():
         svg = re.sub(colour, f"var({variable})", svg, flags=re.IGNORECASE)
-    (width, height), *_ = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    width, height = (f"{72 * inches:g}" for inches in _SIZE)  # as matplotlib has them, in points
     body = svg[svg.index(">") + 1 :]
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">{body}'.rstrip()
 

@@ -20,7 +20,7 @@ def element(name: str, /, *children: Content, **attributes: str | None) -> Marku
     """Returns an element.
 
     Args:
-      children: see `Content`.
+      children: what it holds, see `Content`.
       attributes: a trailing underscore is dropped (`class_`) and others become hyphens; None is left out.
     """
     opening = "".join(

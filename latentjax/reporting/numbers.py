@@ -43,6 +43,12 @@ def prefix_of(value: float) -> tuple[float, str]:
     return 1000.0**place, _PREFIXES[place]
 
 
+def time_unit(seconds: float) -> tuple[float, str]:
+    """Returns a unit in which so many seconds are a number of at least 2, in seconds, and its name."""
+    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
+    return next((unit for unit in units if seconds >= 2 * unit[0]), (1.0, "seconds"))
+
+
 def digits(value: float, count: int = 3) -> str:
     """Returns a number with about so many digits, never with an exponent: 0.0123, 1.23, 12.3, 123, 1,234."""
     if value == 0 or not math.isfinite(value):

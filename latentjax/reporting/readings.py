@@ -64,10 +64,9 @@ def equal_inference(settings: Sequence[Setting], tolerance: float) -> list[Equal
     Returns:
       The groups of two or more, the cheapest first.
     """
+    known = [(setting, loss) for setting in settings if (loss := setting.loss) is not None]
     groups: list[list[tuple[Setting, Estimate]]] = []
-    for setting in sorted(settings, key=_decode_flops):
-        if (loss := setting.loss) is None:
-            continue
+    for setting, loss in sorted(known, key=lambda pair: _decode_flops(pair[0])):
         if groups and _decode_flops(setting) <= (1 + tolerance) * _decode_flops(groups[-1][0][0]):
             groups[-1].append((setting, loss))
         else:
@@ -169,16 +168,21 @@ def _rank(losses: Sequence[tuple[Setting, Estimate]]) -> tuple[Ranked, ...]:
 
 def _ranking(ranked: Sequence[Ranked], decimals: int) -> str:
     """The end of a sentence: who is lowest, and how far the others are above, next to the spread."""
-    lowest = ranked[0]
-    gaps = [(each.setting.label, each.over_lowest) for each in ranked if each.over_lowest is not None]
-    parts = [f"{label} by {written(gap.value, decimals)} ({verdict(gap)})" for label, gap in gaps]
+    lowest, *others = ranked
+    gaps = [(each.setting.label, each.over_lowest) for each in others if each.over_lowest is not None]
+    verdicts = {verdict(gap) for _, gap in gaps}
+    alike = len(gaps) > 1 and len(verdicts) == 1  # said once
+    parts = [
+        f"{label} by {written(gap.value, decimals)}" + ("" if alike else f" ({verdict(gap)})") for label, gap in gaps
+    ]
+    behind = f" (each time: {verdicts.pop()})" if alike else ""
     loss = written(lowest.loss.mean, decimals)
-    return f"{lowest.setting.label} has the lowest held-out loss, {loss}. Above it: {'; '.join(parts)}."
+    return f"{lowest.setting.label} has the lowest held-out loss, {loss}. Above it: {'; '.join(parts)}{behind}."
 
 
-def verdict(over_lowest: Difference) -> str:
+def verdict(gap: Difference) -> str:
     """Whether a setting is above the lowest by more than the spread, in a few words."""
-    exceeds = over_lowest.exceeds_spread
+    exceeds = gap.exceeds_spread
     if exceeds is None:
         return "spread not known"
     return "more than the spread" if exceeds else "within the spread"

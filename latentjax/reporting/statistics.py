@@ -52,8 +52,10 @@ class Difference:
 
 def difference(one: Estimate, other: Estimate) -> Difference:
     """Returns `one` less `other`."""
-    spread = None if one.spread is None or other.spread is None else math.hypot(one.spread, other.spread)
-    return Difference(one.mean - other.mean, spread)
+    value = one.mean - other.mean
+    if one.spread is None or other.spread is None:
+        return Difference(value, None)
+    return Difference(value, math.hypot(one.spread, other.spread))
 
 
 def interpolate_log(at: float, x_n: np.ndarray, y_n: np.ndarray) -> float | None:

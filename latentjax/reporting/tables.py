@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from latentjax.reporting.figures import COLOURS, DASHES, MARKERS
 from latentjax.reporting.markup import Markup, element, joined
-from latentjax.reporting.numbers import decimals_for, digits, duration, prefix_of, scaled, signed, written
+from latentjax.reporting.numbers import decimals_for, digits, duration, prefix_of, scaled, signed, time_unit, written
 from latentjax.reporting.readings import EqualInference, EqualTraining, verdict
 from latentjax.reporting.results import COLUMNS, Column, Results
 from latentjax.reporting.settings import Setting
@@ -52,7 +52,7 @@ def results_table(results: Results) -> Markup:
         count = element("td", str(len(setting.counted)), class_="number")
         body.append(element("tr", _name(place, setting, note), count, *cells))
     head = element("thead", element("tr", element("th", "Setting", scope="col"), _head("Runs", ""), *heads))
-    return scroller(element("table", head, element("tbody", body)), "Final results of each setting")
+    return scroller(element("table", head, element("tbody", body), class_="wide"), "Final results of each setting")
 
 
 def inference_table(found: EqualInference, results: Results, decimals: int) -> Markup:
@@ -97,7 +97,8 @@ def training_table(found: EqualTraining, results: Results, decimals: int) -> Mar
     """A column for each budget; the lowest of it stands out, and what is not at the end of its schedule is marked."""
     lowest = []
     for column in range(len(found.budgets)):
-        means = [loss.mean for row in found.reached if (loss := row[column].loss) is not None]
+        losses = [row[column].loss for row in found.reached]
+        means = [loss.mean for loss in losses if loss is not None]
         lowest.append(min(means) if len(means) > 1 else None)
     rows = []
     for setting, row in zip(found.settings, found.reached, strict=True):
@@ -106,7 +107,7 @@ def training_table(found: EqualTraining, results: Results, decimals: int) -> Mar
             if each.loss is None:
                 cells.append(element("td", element("small", each.reason), class_="number none"))
                 continue
-            text = [_with_spread(each.loss, decimals), "" if each.is_end else "\N{DAGGER}"]
+            text = _with_spread(each.loss, decimals, "" if each.is_end else "\N{DAGGER}")
             is_lowest = each.loss.mean == lowest[column]
             cells.append(element("td", text, class_="number best" if is_lowest else "number"))
         rows.append(element("tr", _name(results.settings.index(setting), setting), *cells))
@@ -188,11 +189,10 @@ def _formatted(column: Column, estimates: Sequence[Estimate | None]) -> tuple[st
     if column.key in _LOSSES:
         decimals = decimals_for(each.spread for each in known)
         return column.unit, [_with_spread(each, decimals) for each in estimates]
-    if column.key in _TIMES:
-        return column.unit, [_NONE if each is None else duration(each.mean) for each in estimates]
     if column.key in ("parameters", "cache_bytes_per_token"):
         return column.unit, [_NONE if each is None else f"{each.mean:,.0f}" for each in estimates]
-    power, prefix = prefix_of(max((each.mean for each in known), default=0.0))
+    largest = max((each.mean for each in known), default=0.0)
+    power, prefix = time_unit(largest) if column.key in _TIMES else prefix_of(largest)
     smallest = min((each.mean / power for each in known), default=1.0)
     # All with as many decimals as the smallest needs for three digits.
     decimals = len(digits(smallest).partition(".")[2])
@@ -204,13 +204,13 @@ def _formatted(column: Column, estimates: Sequence[Estimate | None]) -> tuple[st
     return unit, [_NONE if each is None else written(each.mean / power, decimals) for each in estimates]
 
 
-def _with_spread(found: Estimate | None, decimals: int) -> Markup:
+def _with_spread(found: Estimate | None, decimals: int, mark: str = "") -> Markup:
+    """A mean, a mark where there is one, and in a space that is always left for it the spread."""
     if found is None:
         return joined(_NONE)
     mean = written(found.mean, decimals)
-    if found.spread is None:
-        return joined([mean, element("span", class_="spread")])
-    return joined([mean, element("span", f"{_PLUS_MINUS}{written(found.spread, decimals)}", class_="spread")])
+    spread = [] if found.spread is None else [f"{_PLUS_MINUS}{written(found.spread, decimals)}"]
+    return joined([mean, element("span", " ".join([*spread, *filter(None, [mark])]), class_="spread")])
 
 
 def _head(heading: str, unit: str) -> Markup:

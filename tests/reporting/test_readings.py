@@ -92,7 +92,7 @@ def test_equal_inference(settings):
     assert deep.over_lowest.value == pytest.approx(0.25) and deep.over_lowest.spread is None
     sentence = " ".join(found[0].sentences(2))
     assert "latent, C = 1 has the lowest held-out loss, 2.00" in sentence
-    assert "vanilla, 4 layers by 0.25 (spread not known); loop by 0.32 (spread not known)" in sentence
+    assert "vanilla, 4 layers by 0.25; loop by 0.32 (each time: spread not known)." in sentence
     # A closer look leaves the thought out, whose attention is to more slots.
     costs = [each.runs[0].cost.decode_flops for each in settings]
     assert costs[1] == pytest.approx(costs[2]) and costs[1] < costs[3]
