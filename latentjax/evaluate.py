@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = split_overrides(argv)
     flags = _parser().parse_args(arguments)
     _check(flags)
-    from latentjax.diagnosing import diagnose
+    from latentjax.diagnosing import DiagnosticsResult, diagnose
     from latentjax.evaluating import EvaluationRequest, evaluate, evaluation_config
     from latentjax.training import processes
     from latentjax.training.last_words import EVALUATE
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     print(json.dumps(result.as_json(), indent=2) if flags.json else "\n".join(result.lines()), flush=True)
     if flags.output is not None:  # last: what cannot be written has been said
         _write(flags.output, json.dumps(result.as_json(), indent=2) + "\n")
-    if flags.diagnostics:
+    if isinstance(result, DiagnosticsResult):
         result.keep()  # last, so that results are not lost with a run that cannot be written to
     return 0
 
