@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -143,7 +143,8 @@ class _Peer:
             raise UserError("the peer needs torch and transformers: pip install 'latentjax[peer]'") from error
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._torch, self._device = torch, torch_peer.use_device(platform, threads)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=has_code, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=has_code, dtype=torch.float32)
+        model = cast(Any, loaded)  # the class that transformers declares is not what comes
         self._model = model.eval().to(self._device)
         self._model.generation_config.eos_token_id = None  # every text has its full length
 

@@ -167,6 +167,7 @@ def _verify(path: Path) -> int:
 
 def _summary(output: OutputDirectory) -> str:
     manifest = output.read_json(MANIFEST_FILE)
+    assert manifest is not None  # the store is finished
     splits, tokenizer = manifest["splits"], manifest["tokenizer"]
     tokens = sum(split["tokens"] for split in splits.values())
     return (

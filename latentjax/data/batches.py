@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Generator, Sequence
+from typing import cast
 
 import grain
 import numpy as np
@@ -82,7 +83,7 @@ def eval_batches(
       UserError: as `train_batches`.
     """
     rows = _all_rows(data) if rows is None else rows
-    held = num_batches * data.batch_size
+    held: int = num_batches * data.batch_size
     num_windows = held if num_windows is None else min(held, num_windows)
     return _reported(_read_in_threads(EvalBatches(row, data, num_windows, eod_id, bytes_per_id, rows), data), data)
 
@@ -112,4 +113,5 @@ def _name_damage(batches: Generator[Batch, None, None]) -> Generator[Batch, None
 def _read_in_threads(source: TrainBatches | EvalBatches, data: ConfigDict) -> Generator[Batch, None, None]:
     num_threads = data.num_threads if data.prefetch_batches else 0
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=data.prefetch_batches)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    # A generator to all who use it: iterated over and closed.
+    return cast(Generator[Batch, None, None], iter(grain.MapDataset.source(source).to_iter_dataset(options)))

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from latentjax.errors import UserError
 
@@ -87,7 +86,7 @@ def size_and_stamp(path: str) -> tuple[int, str]:
     return found.size, found.stamp
 
 
-def open_binary(path: str) -> BinaryIO:
+def open_binary(path: str) -> "io.BufferedReader[_LocalFile | _RemoteFile]":
     """Opens a file for reading, buffered; its `raw.consumed` counts the bytes read from the disk or network.
 
     Raises:
@@ -100,8 +99,10 @@ def open_binary(path: str) -> BinaryIO:
 
 def walk(
     root: str, enter: Callable[[str], bool], wanted: Callable[[str], bool], max_depth: int | None = None
-) -> Iterator[tuple[str, Entry]]:
+) -> Iterator[tuple[str, Entry | None]]:
     """Yields the files below a directory, in no particular order, as their names below it (with `/`) and entries.
+
+    The entry of a file that was deleted in the meantime is None.
 
     Args:
       enter: of the name of a directory, whether to look into it.
@@ -194,7 +195,7 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-def _list_local(root: str, below: str) -> Iterator[tuple[str, Callable[[], Entry] | None]]:
+def _list_local(root: str, below: str) -> Iterator[tuple[str, Callable[[], Entry | None] | None]]:
     """Yields what is in a directory: names, and None for directories, else what finds out the rest."""
     directory = os.path.join(root, below)
     try:

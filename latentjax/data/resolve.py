@@ -192,6 +192,7 @@ def _make_tokenizer(data: ConfigDict, corpus: Corpus, spans: Sequence[Span], pro
         def texts() -> Iterator[str]:
             for piece in _sample(corpus, spans):
                 stage.advance(piece.input_bytes)
+                assert isinstance(piece.content, str)  # `_sample` yields nothing else
                 yield piece.content
 
         return train_sentencepiece(texts(), data.tokenizer_vocab_size, SAMPLE_BYTES)
@@ -224,7 +225,7 @@ def _sample(corpus: Corpus, spans: Sequence[Span]) -> Iterator[Piece]:
 def _fetched(url: str, cache: Path, progress: Progress) -> TokenStore:
     """Copies a store from a URL into the cache, checking every shard; goes on where an earlier copy stopped."""
     source = OutputDirectory(url)
-    manifest = source.read_json(MANIFEST_FILE)
+    manifest = source.read_json(MANIFEST_FILE) or {}  # it may be gone by now
     try:
         shards = [Shard(**shard) for split in manifest["splits"].values() for shard in split["shards"]]
         place = cache / f"{url.rstrip('/').rsplit('/', 1)[-1]}-{manifest['recipe'][:16]}"

@@ -179,17 +179,16 @@ class ShardReader:
             for start in range(until_header, size, _RIEGELI_CONTENT):
                 parts += [header, data[start : start + _RIEGELI_CONTENT]]
                 expected += _RIEGELI_BLOCK_HEADER
-        if self._descriptor is None:
-            self._open()
+        descriptor = self._open() if self._descriptor is None else self._descriptor
         try:
-            count = os.preadv(self._descriptor, parts, place)
+            count = os.preadv(descriptor, parts, place)
         except OSError as error:
             raise self._damaged(block, str(error.strerror)) from error
         if count != expected or xxh3_64_digest(data, block) != checksum:
             return self._read_by_library(block, size)
         return tokens
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         with self._lock:
             if self._descriptor is None:
                 try:
@@ -199,12 +198,14 @@ class ShardReader:
                         f"cannot open the token store's shard {self.path}: {error.strerror}; restore it from a copy, "
                         "or prepare the store again"
                     ) from error
+            return self._descriptor
 
     def _read_by_library(self, block: int, length: int) -> np.ndarray:
         with self._lock:
             try:
-                self._library = self._library or ArrayRecordReader(str(self.path), _READER_OPTIONS)
-                (record,) = self._library.read(block, block + 1)
+                library = self._library or ArrayRecordReader(str(self.path), _READER_OPTIONS)
+                self._library = library
+                (record,) = library.read(block, block + 1)
             except (RuntimeError, ValueError, IndexError, OSError) as error:
                 reason = " ".join(str(error).split())[:_REASON_LENGTH]
                 raise self._damaged(block, f"it cannot be read: {reason}") from error

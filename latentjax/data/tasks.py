@@ -210,9 +210,9 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 def _encoded(job: Job, pieces: list[Piece]) -> Iterator[tuple[Piece, str, np.ndarray, int]]:
     """Yields each piece with its split, ids and bytes of text."""
-    texts = [piece for piece in pieces if isinstance(piece.content, str)]
-    continued = [piece.offset > 0 for piece in texts]
-    encoded = iter(job.tokenizer.encode_batch([piece.content for piece in texts], continued))
+    texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
+    continued = [piece.offset > 0 for piece in pieces if isinstance(piece.content, str)]
+    encoded = iter(job.tokenizer.encode_batch(texts, continued))
     eod_id = job.tokenizer.eod_id
     for piece in pieces:
         if isinstance(piece.content, str):

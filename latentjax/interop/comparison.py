@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +74,10 @@ def compare(folder: Path, expected_BTV: np.ndarray, tokens_BT: np.ndarray) -> fl
 
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
             )
+            model, report = cast(Any, loaded)  # transformers does not say that these are two then
     except Exception as error:  # whatever a library says of a file that it cannot use
         raise UserError(f"transformers cannot load what was exported: {brief(error, 300)}") from error
     amiss = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]

@@ -68,11 +68,11 @@ class TransformersText:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except Exception as error:  # whatever the many kinds of tokenizers raise
             raise UserError(f"transformers cannot load a tokenizer from {folder}: {brief(error)}") from error
-        begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if begin is None and end is None:
+        found = [each for each in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if each is not None]
+        if not found:
             raise UserError(f"the tokenizer in {folder} has neither a bos_token nor an eos_token to begin a text with")
-        self.prefix_id = begin if begin is not None else end
-        self.end_id = end if end is not None else begin
+        # Where there is but one of them, it does for both.
+        self.prefix_id, self.end_id = found[0], found[-1]
         self.end_text = self._tokenizer.decode([self.end_id])
         self._prefix_text = self._tokenizer.decode([self.prefix_id])
         self.name = str(folder).replace("/", "__")

@@ -89,7 +89,7 @@ class LatentjaxLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)  # which is done in no time
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
     ) -> Scores:
         count = sum(len(continuation) for _, _, continuation in requests)
         with self._stage("scoring tokens", count) as advance:

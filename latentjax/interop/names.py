@@ -13,7 +13,7 @@ import numpy as np
 
 from latentjax.models.spec import ModelSpec
 
-Transform = Callable[[np.ndarray, ModelSpec], np.ndarray]
+Transform = Callable[[Any, ModelSpec], Any]  # of an array, of numpy or traced by jax
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -320,9 +320,9 @@ def _make_model(spec: ModelSpec, tensors: Mapping[str, np.ndarray], dtype: Any) 
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cache=False,
-        attn_implementation=_ATTENTION,
+        attn_implementation=_ATTENTION,  # pyright: ignore[reportCallIssue]  # of every config, and not in the stubs
     )
-    model = transformers.GPTNeoXForCausalLM(config)
+    model = cast(Any, transformers.GPTNeoXForCausalLM(config))  # to torch, all of its parts are `Tensor | Module`
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if spec.tie_embeddings:
         head.weight = embedding.weight

@@ -29,9 +29,9 @@ def check_field(names: list[str], kind: pa.DataType | None, field: str, path: st
     if kind is None:
         hint = f" (it is tokenised already: set --text_field {_IDS})" if _IDS in names else ""
         raise UserError(f"{path}: no field {field!r}; it has {', '.join(map(repr, names)) or 'none'}{hint}")
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (_is_text(kind) or (_is_list(kind) and pa.types.is_integer(kind.value_type))):
-        raise UserError(f"{path}: field {field!r} is {kind}, neither text nor lists of token ids")
+    held = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (_is_text(held) or (_is_list(held) and pa.types.is_integer(held.value_type))):
+        raise UserError(f"{path}: field {field!r} is {held}, neither text nor lists of token ids")
 
 
 def checked(column: pa.Array) -> pa.Array:

@@ -25,7 +25,8 @@ TO_THE_END = 2**63 - 1
 _KINDS = {".gz": "gzip", ".zst": "zst", ".zstd": "zst"}
 _STEP = 1 << 20
 # Frames made with `zstd --long=31` need windows that the library does not grant unasked.
-_ZSTD_OPTIONS = {zstd.DecompressionParameter.window_log_max: zstd.DecompressionParameter.window_log_max.bounds()[1]}
+_WINDOW = zstd.DecompressionParameter.window_log_max
+_ZSTD_OPTIONS: dict[int, int] = {_WINDOW: _WINDOW.bounds()[1]}
 
 
 def compression_of(path: str) -> str | None:
@@ -62,6 +63,7 @@ class Content:
 
     def skip_to(self, position: int) -> None:
         """Reads on to a later `position` (or the end) and counts the lines on the way; as `read`."""
+        assert self.line is not None  # what is compressed is read from its beginning, and its lines counted
         while self.position < position and (data := self.read(min(_STEP, position - self.position))):
             self.line += data.count(b"\n")
 
@@ -165,7 +167,10 @@ def plan_by_bytes(number: int, file: CorpusFile, span_bytes: int, whole_bytes: i
     # The last one goes to the end, whatever the length: what is cut short must be met by a reader, not passed over.
     stops = [*starts[1:], TO_THE_END]
     shares = [file.size * min(stop, length) // max(length, 1) for stop in (0, *stops)]
-    return [Span(number, *place, after - before) for *place, before, after in zip(starts, stops, shares, shares[1:])]
+    return [
+        Span(number, start, stop, after - before)
+        for start, stop, before, after in zip(starts, stops, shares, shares[1:])
+    ]
 
 
 def _content_length(file: CorpusFile) -> int:

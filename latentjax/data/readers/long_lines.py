@@ -7,6 +7,7 @@ line and nesting deeper than any document's are refused, and a fault behind the 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import numpy as np
 
@@ -44,7 +45,8 @@ def pieces_of_long_line(
     parts = _field(_Scanner(_texts(chunks)), field)
     first = next(parts)
     if isinstance(first, str):
-        yield from pieces_of_stream(parts, source, 0, None, used, stored, lambda: True)
+        texts = cast(Iterator[str], parts)  # of one value, all parts are of one kind
+        yield from pieces_of_stream(texts, source, 0, None, used, stored, lambda: True)
     else:
         yield from _pieces_of_ids([first], parts, source, used, stored, packed)
 
@@ -125,6 +127,13 @@ def _value(scanner: "_Scanner", field: str) -> Iterator[str | np.ndarray]:
         raise BadDocument(f"field {field!r} is not a string")
 
 
+def _run(pattern: re.Pattern[str], text: str, start: int) -> re.Match[str]:
+    """The match of a pattern that matches anything, were it by nothing."""
+    found = pattern.match(text, start)
+    assert found is not None
+    return found
+
+
 class _Scanner:
     """Takes JSON apart that comes bit by bit."""
 
@@ -138,7 +147,7 @@ class _Scanner:
     def peek(self) -> str:
         """Returns the next character that is no space; "" at the end."""
         while True:
-            self._at = _SPACE.match(self._buffer, self._at).end()
+            self._at = _run(_SPACE, self._buffer, self._at).end()
             if self._at < len(self._buffer):
                 return self._buffer[self._at]
             if not self._more():
@@ -165,8 +174,8 @@ class _Scanner:
         """Yields the string that begins here, in parts; none is empty or ends within a surrogate pair."""
         self._at += 1
         while True:
-            run = _IN_STRING.match(self._buffer, self._at)
-            text = json.decoder.scanstring(run.group() + '"', 0)[0]
+            run = _run(_IN_STRING, self._buffer, self._at)
+            text = json.decoder.scanstring(run.group() + '"', 0)[0]  # pyright: ignore[reportAttributeAccessIssue]  # no stub
             self._at = run.end()
             left = len(self._buffer) - self._at
             is_cut = left == 0 or (left < _LONGEST_ESCAPE and self._buffer[self._at] == "\\")
@@ -210,10 +219,10 @@ class _Scanner:
     def scalar(self) -> None:
         """Passes over a number, true, false or null."""
         self.peek()
-        while (end := _IN_SCALAR.match(self._buffer, self._at).end()) == len(self._buffer):
+        while (end := _run(_IN_SCALAR, self._buffer, self._at).end()) == len(self._buffer):
             if end - self._at > _LONGEST_SCALAR or not self._more():
                 break
-        end = _IN_SCALAR.match(self._buffer, self._at).end()
+        end = _run(_IN_SCALAR, self._buffer, self._at).end()
         if end - self._at > _LONGEST_SCALAR or not _SCALAR.fullmatch(self._buffer, self._at, end):
             self.fail("expected a value")
         self._at = end

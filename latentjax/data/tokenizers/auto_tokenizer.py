@@ -43,6 +43,7 @@ def save_for_transformers(tokenizer: Tokenizer, directory: str | Path, max_lengt
     if isinstance(tokenizer, HuggingFaceTokenizer):
         pass  # it is a tokenizer.json already
     else:
+        assert isinstance(tokenizer, ByteTokenizer | SentencePieceTokenizer)  # there are three kinds
         made = _bytes_pipeline() if isinstance(tokenizer, ByteTokenizer) else _sentencepiece_pipeline(tokenizer)
         if made is None:
             return False

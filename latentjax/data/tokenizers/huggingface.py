@@ -115,7 +115,8 @@ class HuggingFaceTokenizer(Tokenizer):
         all_ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, ends[-1])
         arrays = [all_ids[start:end] for start, end in pairwise(ends.tolist())]
         # Rare: text that came out as a control token, or might have come out as something else that it is not.
-        amiss = set((np.searchsorted(ends, np.flatnonzero(self._is_control_V[all_ids]), "right") - 1).tolist())
+        control = np.flatnonzero(self._is_control_V[all_ids])
+        amiss: set[int] = set((np.searchsorted(ends, control, "right") - 1).tolist())
         for sign in self._misleading:
             amiss |= {number for number, text in enumerate(texts) if sign in text}
         for number in amiss:

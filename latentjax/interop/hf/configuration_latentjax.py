@@ -3,6 +3,8 @@
 They are transformers' own for the architecture, with the keys of `RecurrenceKeys` beside them in config.json.
 """
 
+from typing import TYPE_CHECKING
+
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 
 METHODS = ("vanilla", "latent", "pause", "loop", "ponder")
@@ -26,6 +28,10 @@ class RecurrenceKeys:
       prefill_tolerance: with a cache, the thoughts of a prompt are refined until the relative change of them in a pass
         is no larger, in every row; null: until it is lost in the rounding of the dtype.
     """
+
+    if TYPE_CHECKING:  # keys of the architecture
+        hidden_size: int
+        vocab_size: int
 
     method = "latent"
     num_latent_thoughts = 1

@@ -10,6 +10,7 @@ and a single new token is fed slot by slot.
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -59,6 +60,14 @@ class TokenCache(Cache):
 
 class RecurrentLanguageModel:
     """What the language models of all architectures share; each names its backbone, its final norm and its head."""
+
+    if TYPE_CHECKING:  # of the classes that this is mixed into
+        config: Any
+        base_model: Any
+        get_input_embeddings: Any
+        loss_function: Any
+        _head_name: str
+        _final_norm_name: str
 
     _supports_sdpa = True
     # These tell packed sequences apart by position ids that repeat, as those of a token's slots do.
@@ -123,7 +132,8 @@ class RecurrentLanguageModel:
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{_CACHE: cache})
+        named_cache: dict[str, Any] = {_CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **named_cache)
 
     def _token_cache(self, cache: Cache | None, use_cache: bool | None) -> TokenCache | None:
         """The cache to fill: the one given, or a new one in place of the empty one that `generate` makes."""
@@ -223,9 +233,7 @@ class RecurrentLanguageModel:
         x_BSD = x_BTND.flatten(1, 2)
         h_BSD = self._run(x_BSD, slots.positions(count), slots.mask(count), inner)
         if inner is not None and not keep:
-            for layer in inner.layers:
-                layer.keys = layer.keys[:, :, : -x_BSD.shape[1]]
-                layer.values = layer.values[:, :, : -x_BSD.shape[1]]
+            _shorten(inner.layers, x_BSD.shape[1])
         return h_BSD.unflatten(1, (-1, count))
 
     @contextlib.contextmanager
@@ -242,6 +250,13 @@ class RecurrentLanguageModel:
     def _without_position_embeddings(self, x_BTD: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Takes away what the backbone will add to its input."""
         return x_BTD
+
+
+def _shorten(layers: list, count: int) -> None:
+    """Takes the last `count` slots out of the layers of a cache."""
+    for layer in layers:
+        layer.keys = layer.keys[:, :, :-count]
+        layer.values = layer.values[:, :, :-count]
 
 
 class _Slots:
