@@ -88,8 +88,8 @@ class Backbone(nn.Module):
           Hidden states (B, Q, D) of the Q kept slots in the compute dtype, after the final norm where the pass ends,
           and the cache with all S slots added; beside other slots, the keys and values of those that were fed.
         """
-        num_slots, caches = x_BSD.shape[1], isinstance(cache, KeyValueCache)
-        if caches:
+        num_slots = x_BSD.shape[1]
+        if isinstance(cache, KeyValueCache):
             if segment_ids_BS is None:
                 segment_ids_BS = jnp.zeros(x_BSD.shape[:2], jnp.int32)
             cache = cache.write_segments(segment_ids_BS)
@@ -97,8 +97,10 @@ class Backbone(nn.Module):
         if POLICIES[self.spec.remat].keeps_pass_inputs_only:
             stack = nn.remat(_apply_stack, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(5, 6, 7))
         x_BSD = x_BSD.astype(self.spec.compute_dtype)
-        hidden_BQD, cache = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
-        return hidden_BQD, cache.advance(self.spec.num_layers, num_slots) if caches else cache
+        hidden_BQD, written = stack(self, x_BSD, positions_BS, segment_ids_BS, cache, kept, begins, ends)
+        if isinstance(written, KeyValueCache):
+            written = written.advance(self.spec.num_layers, num_slots)
+        return hidden_BQD, written
 
 
 def _apply_stack(
@@ -119,7 +121,8 @@ def _apply_stack(
         x_BSD = PositionEmbedding(spec, name="position_embedding")(x_BSD, positions_BS)
     x_BSD = shard_activation(x_BSD, "batch", "slots", None)
     angles = rotary_angles(positions_BS, spec.rotary_dims, spec.rope_theta)
-    num_scanned, is_beside, own_keys = spec.num_layers - 1, isinstance(cache, Beside), None
+    num_scanned, own_keys = spec.num_layers - 1, None
+    beside = cache if isinstance(cache, Beside) else None
 
     def apply_layer(layer_module: nn.Module, carry: tuple, layer: jax.Array) -> tuple[Any, None]:
         x_BSD, cache = carry
@@ -135,22 +138,23 @@ def _apply_stack(
     elif num_scanned:
         # A loop keeps XLA from merging the forward computation with its repetition in the backward pass.
         layers = rematerialised(block, spec.remat, in_loop=not spec.unrolls)(spec, forwards_per_token, name="layers")
+        body: Callable[..., Any] = apply_layer if beside is None else apply_beside
         scanned = nn.scan(
-            apply_beside if is_beside else apply_layer,
+            body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=num_scanned,
             unroll=num_scanned if spec.unrolls else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        if is_beside:
-            x_BSD, own_keys = scanned(layers, x_BSD, (jnp.arange(num_scanned), cache.stacked))
-        else:
+        if beside is None:
             (x_BSD, cache), _ = scanned(layers, (x_BSD, cache), jnp.arange(num_scanned))
-    if is_beside:
-        cache = cache.of_last_layer
+        else:
+            x_BSD, own_keys = scanned(layers, x_BSD, (jnp.arange(num_scanned), beside.stacked))
+    if beside is not None:
+        cache = beside.of_last_layer
     last_layer = rematerialised(block, spec.remat, in_loop=False)(spec, forwards_per_token, kept, name="last_layer")
-    x_BQD, cache = last_layer(x_BSD, angles, segment_ids_BS, cache, num_scanned)
+    x_BQD, written = last_layer(x_BSD, angles, segment_ids_BS, cache, num_scanned)
     if ends:
         x_BQD = architecture.final_norm(spec, "final_norm")(x_BQD)
-    return x_BQD, PlaceKeys(own_keys, cache) if is_beside else cache
+    return x_BQD, written if beside is None else PlaceKeys(own_keys, written)

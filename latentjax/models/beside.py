@@ -1,5 +1,8 @@
 """Keys and values of slots that a pass does not feed, so that it can go over one slot of every token alone."""
 
+import dataclasses
+from typing import Any
+
 import flax.struct
 import jax
 
@@ -27,23 +30,23 @@ class Beside:
     """The other slots of each token while a pass feeds those at one place.
 
     Attributes:
-      others: of each place in the order of slots, what a pass over it left; at `place`, which is fed now, None. In a
-        layer, its `KeysAndValues` alone.
+      others: of each place in the order of slots, what a pass over it left, `PlaceKeys`; at `place`, which is fed now,
+        None. In a layer, its `KeysAndValues` alone.
       place: static.
     """
 
-    others: tuple[PlaceKeys | KeysAndValues | None, ...]
+    others: tuple[Any, ...]
     place: int = flax.struct.field(pytree_node=False)
 
     @property
     def stacked(self) -> "Beside":
         """Of all layers but the last, to be scanned over."""
-        return self.replace(others=tuple(None if each is None else each.layers for each in self.others))
+        return dataclasses.replace(self, others=tuple(None if each is None else each.layers for each in self.others))
 
     @property
     def of_last_layer(self) -> "Beside":
         """Of the last layer."""
-        return self.replace(others=tuple(None if each is None else each.last for each in self.others))
+        return dataclasses.replace(self, others=tuple(None if each is None else each.last for each in self.others))
 
     @property
     def slots(self) -> SlotRange:

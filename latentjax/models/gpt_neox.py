@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from latentjax.models.attention import self_attention, wanted_queries
+from latentjax.models.beside import Beside, KeysAndValues
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.layers import Linear, layer_norm, shard_activation
 from latentjax.models.remat import name_layer_input
@@ -45,10 +46,10 @@ class GPTNeoXBlock(nn.Module):
         x_BSD: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         segment_ids_BS: jax.Array | None,
-        cache: KeyValueCache | None,
+        cache: KeyValueCache | Beside | None,
         layer: jax.Array | int,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
-        """Returns the layer's output (B, Q, D) for the kept slots and the cache with this layer written."""
+    ) -> tuple[jax.Array, KeyValueCache | KeysAndValues | None]:
+        """Returns the layer's output (B, Q, D) for the kept slots and the cache as `self_attention` gives it back."""
         spec, kept = self.spec, self.kept
         divisor = self.residual_divisor
         x_BSD = name_layer_input(x_BSD)
@@ -68,7 +69,7 @@ class GPTNeoXBlock(nn.Module):
         else:
             (q_BQHK,) = project(queried.take(normed_BSD), slice(0, 1))
             k_BSHK, v_BSHK = project(normed_BSD, slice(1, 3))
-        attended_BQHK, cache = self_attention(
+        attended_BQHK, written = self_attention(
             q_BQHK,
             k_BSHK,
             v_BSHK,
@@ -94,4 +95,4 @@ class GPTNeoXBlock(nn.Module):
         mlp_BQD = Linear(spec, width, ("mlp", "embed"), use_bias=True, init_divisor=divisor, name="mlp_out")(inner_BQF)
         if self.is_parallel:
             mlp_BQD = mlp_BQD + attention_BQD
-        return shard_activation(x_BQD + mlp_BQD, "batch", "slots", None), cache
+        return shard_activation(x_BQD + mlp_BQD, "batch", "slots", None), written

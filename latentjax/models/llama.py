@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from latentjax.models.attention import self_attention, wanted_queries
+from latentjax.models.beside import Beside, KeysAndValues
 from latentjax.models.cache import KeyValueCache
 from latentjax.models.layers import Linear, rms_norm, shard_activation
 from latentjax.models.remat import name_layer_input
@@ -31,10 +32,10 @@ class LlamaBlock(nn.Module):
         x_BSD: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         segment_ids_BS: jax.Array | None,
-        cache: KeyValueCache | None,
+        cache: KeyValueCache | Beside | None,
         layer: jax.Array | int,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
-        """Returns the layer's output (B, Q, D) for the kept slots and the cache with this layer written."""
+    ) -> tuple[jax.Array, KeyValueCache | KeysAndValues | None]:
+        """Returns the layer's output (B, Q, D) for the kept slots and the cache as `self_attention` gives it back."""
         spec, kept = self.spec, self.kept
         divisor = (2 * spec.num_layers) ** 0.5
         x_BSD = name_layer_input(x_BSD)
@@ -45,7 +46,7 @@ class LlamaBlock(nn.Module):
 
         normed_BSD = rms_norm(spec, "input_norm")(x_BSD)
         queried = wanted_queries(spec.attention, kept)
-        attended_BQHK, cache = self_attention(
+        attended_BQHK, written = self_attention(
             project(queried.take(normed_BSD), "query", spec.num_heads, "heads"),
             project(normed_BSD, "key", spec.kv_heads, "kv_heads"),
             project(normed_BSD, "value", spec.kv_heads, "kv_heads"),
@@ -67,4 +68,4 @@ class LlamaBlock(nn.Module):
         up_BQF = Linear(spec, inner, ("embed", "mlp"), use_bias=False, name="mlp_up")(normed_BQD)
         inner_BQF = shard_activation(nn.silu(gate_BQF) * up_BQF, "batch", "slots", "act_mlp")
         mlp_BQD = Linear(spec, width, ("mlp", "embed"), use_bias=False, init_divisor=divisor, name="mlp_out")(inner_BQF)
-        return shard_activation(x_BQD + mlp_BQD, "batch", "slots", None), cache
+        return shard_activation(x_BQD + mlp_BQD, "batch", "slots", None), written
