@@ -165,8 +165,8 @@ def diagnose(
 def _losses(loss_sum: np.ndarray, totals: dict[str, np.ndarray]) -> dict[str, float | None]:
     loss = float(loss_sum)
     return {
-        "loss": _finite(loss / max(totals["weight_sum"], 1.0)),
-        "bits_per_byte": _finite(loss / math.log(2) / max(totals["text_bytes"], 1.0)),
+        "loss": _finite(float(loss / max(totals["weight_sum"], 1.0))),
+        "bits_per_byte": _finite(float(loss / math.log(2) / max(totals["text_bytes"], 1.0))),
     }
 
 
@@ -207,8 +207,11 @@ def fit_contraction(values: Sequence[float | None], dtype: str) -> Contraction:
       dtype: that the model computes in.
     """
     epsilon = float(jnp.finfo(dtype).eps)
-    known = list(values)
-    known = known[: known.index(None)] if None in known else known
+    known: list[float] = []
+    for value in values:
+        if value is None:
+            break
+        known.append(value)
     floor = epsilon
     for before, after in itertools.pairwise(known):
         if before <= _ROUNDING_EPSILONS * epsilon and after > _STANDSTILL * before:
