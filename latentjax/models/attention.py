@@ -77,7 +77,9 @@ def _in_chunks(
         rows = slice(start, start + chunk)
         # No query of the chunk sees beyond its last; where that is known only when the program runs, all are computed.
         seen = slice(0, int(slots_Q[rows][-1]) + 1 if isinstance(slots_Q, np.ndarray) else None)
-        segments = (None, None) if segment_ids_BS is None else (queried_ids_BQ[:, rows], segment_ids_BS[:, seen])
+        segments = None, None
+        if segment_ids_BS is not None and queried_ids_BQ is not None:
+            segments = queried_ids_BQ[:, rows], segment_ids_BS[:, seen]
         attended.append(
             _attend(
                 q_BGMQK[:, :, :, rows], k_BGSK[:, :, seen], v_BGSK[:, :, seen], slots_Q[rows], *segments, shares_prefix
@@ -124,6 +126,7 @@ def _attend(
     logits = jnp.einsum("BGMQK,BGLK->BGMQL", q_BGMQK, k_BGLK, preferred_element_type=jnp.float32)
     visible = jnp.arange(k_BGLK.shape[2]) <= slots_Q[:, None]
     if segment_ids_BQ is not None:
+        assert segment_ids_BL is not None  # ids come for both sides or for neither
         same = segment_ids_BQ[:, :, None] == segment_ids_BL[:, None, :]
         if shares_prefix:
             prefix_ids_BQ = segment_ids_BQ // BRANCHES * BRANCHES
@@ -189,13 +192,15 @@ def self_attention(
     Returns:
       (B, slots of `kept`, H, K) and the cache with this layer's keys and values written; beside others, those alone.
     """
-    q_BQHK = rotate(q_BQHK, tuple(queried.take(part) for part in angles))
+    cos, sin = angles
+    q_BQHK = rotate(q_BQHK, (queried.take(cos), queried.take(sin)))
     k_BSGK = rotate(k_BSGK, angles)
     if isinstance(cache, BesideInLayer):
         return _attend_beside(q_BQHK, k_BSGK, v_BSGK, cache, backend, segment_ids_BS), (k_BSGK, v_BSGK)
     if cache is not None:
         cache = cache.write(layer, k_BSGK, v_BSGK)
         if not cache.is_prefill:
+            assert segment_ids_BS is not None  # the backbone gives them wherever there is a cache
             return cached_attention(q_BQHK, cache, layer, segment_ids_BS), cache
     attended = _ALL_BACKENDS[backend].call(q_BQHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS, queried=queried)
     return attended if queried == kept else kept.take(attended), cache

@@ -60,7 +60,7 @@ def shard_attention(
 
     queries = PartitionSpec(batch, slots, heads, None)
     keys = PartitionSpec(batch, None, heads, None)
-    arguments = [(q_BQHK, queries), (k_BSGK, keys), (v_BSGK, keys)]
+    arguments: list[tuple[Any, Any]] = [(q_BQHK, queries), (k_BSGK, keys), (v_BSGK, keys)]
     if slots:
         arguments.append((slots_Q, PartitionSpec(slots)))
     if segment_ids_BS is not None:
@@ -90,7 +90,9 @@ def sequence_shards() -> int:
 
 def _mesh_axes(mesh: AbstractMesh, logical_axis: str) -> tuple[str, ...]:
     """The mesh axes of more than one device that a logical axis lies along."""
-    (axes,) = nn.logical_to_mesh_axes((logical_axis,))
+    spec = nn.logical_to_mesh_axes((logical_axis,))
+    assert spec is not None  # it is None for None alone
+    (axes,) = spec
     names = (axes,) if isinstance(axes, str) else axes or ()
     return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
 

@@ -1,5 +1,7 @@
 """The key/value cache of incremental decoding: one entry per slot, thoughts included, and per pass over it."""
 
+from typing import TypeVar
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -112,3 +114,7 @@ class KeyValueCache(flax.struct.PyTreeNode):
             length=jnp.where(is_last, self.length + num_slots, self.length),
             first_layer=jnp.where(is_last, 0, first_layer),
         )
+
+
+# Who is given a cache gives one back, and who is given none gives none.
+OptionalCache = TypeVar("OptionalCache", KeyValueCache, None)

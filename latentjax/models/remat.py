@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 # What a block calls its input, for policies that move it elsewhere.
 LAYER_INPUT = "layer_input"
 
-_Saveable = Callable[..., object]
+_Saveable = Callable[..., Any]  # a bool, or where to move the value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def interleave(parts: Sequence[jax.Array]) -> jax.Array:
         padding = [(0, 0, 0), (place, count - 1 - place, count - 1), *[(0, 0, 0)] * (part.ndim - 2)]
         return jax.lax.pad(part, jnp.zeros((), part.dtype), padding)
 
-    return sum(spread(part, place) for place, part in enumerate(parts))
+    return cast(jax.Array, sum(spread(part, place) for place, part in enumerate(parts)))
 
 
 def repeat_ids(ids_BT: jax.Array | None, slots: int) -> jax.Array | None:

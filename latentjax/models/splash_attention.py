@@ -118,7 +118,7 @@ def _attend(
     v_BSGK: jax.Array,
     slots_Q: jax.Array,
     segment_ids_BS: jax.Array | None,
-    kernel: splash_kernel.SplashAttentionKernel,
+    kernel: Callable[..., jax.Array],
 ) -> jax.Array:
     """One device's part; `slots_Q` says where its queries stand."""
     num_queries, head_dim = q_BQHK.shape[1], q_BQHK.shape[3]

@@ -35,8 +35,8 @@ class Prompts:
       keys_B: a key for each row, see `row_key`.
     """
 
-    tokens_BT: jax.Array
-    lengths_B: jax.Array
+    tokens_BT: jax.Array | np.ndarray
+    lengths_B: jax.Array | np.ndarray
     keys_B: jax.Array
 
 
@@ -134,7 +134,7 @@ def _start(
         token_by_token=token_by_token,
         method="prefill",
     )
-    position_B = prompts.lengths_B
+    position_B = jnp.asarray(prompts.lengths_B)
     token_B = choose(logits_BV, jax.vmap(jax.random.fold_in)(prompts.keys_B, position_B), choice)
     state = DecodingState(prefilled.cache, token_B, position_B, jnp.isin(token_B, end_ids_E), prompts.keys_B)
     return state, prefilled.residual_B, prefilled.num_passes

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latentjax.models.cache import KeyValueCache
+from latentjax.models.cache import KeyValueCache, OptionalCache
 from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
 from latentjax.models.slots import SlotRange, interleave, repeat_ids, split
@@ -121,7 +121,7 @@ class Latent(Recurrence):
             state = self._begin(backbone, x_BTD, ids, first_kept=0)
             start = (state, jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
             loop = partial(nn.while_loop, broadcast_variables="params", split_rngs={"params": False})
-            return loop(is_unsettled, refine, backbone, start)
+            return loop(is_unsettled, refine, backbone, start)  # pyright: ignore[reportArgumentType]  # as in `_settle`
 
         # The parameters of the loop are constants: how often it runs is not known when gradients are traced.
         settle = nn.map_variables(settle, "params", trans_in_fn=jax.lax.stop_gradient)
@@ -133,8 +133,11 @@ class Latent(Recurrence):
         state, _ = _repeat(backbone, jax.lax.stop_gradient(state), refine, num_trained)
         return self._predicted(backbone, x_BTD, ids, state), num_passes + num_trained
 
-    def _begin(self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, first_kept: int) -> jax.Array:
-        """Growing passes: the thoughts before any refinement, (B, C T, D); those before `first_kept` are constants."""
+    def _begin(self, backbone: nn.Module, x_BTD: jax.Array, ids: Ids, first_kept: int) -> jax.Array | None:
+        """Growing passes: the thoughts before any refinement, (B, C T, D), or None where C is 0.
+
+        Those before `first_kept` are constants.
+        """
         z_BQD = None
         for k in range(self.num_latent_thoughts):
             # The pass that appends thought k + 1 also refines those before it.
@@ -193,9 +196,10 @@ class Latent(Recurrence):
         """
         num_thoughts = self.num_latent_thoughts
         z_BQD = self._begin(backbone, x_BTD, (positions_BT, segment_ids_BT), first_kept=0)
+        assert z_BQD is not None  # without thoughts there is nothing to refine
 
         def refine(backbone: nn.Module, z_BQD: jax.Array, _: None) -> tuple[jax.Array, tuple]:
-            h_BSD, _ = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)
+            h_BSD = _apply_pass(backbone, x_BTD, z_BQD, positions_BT, segment_ids_BT)[0]
             *thoughts, hidden_BTD = split(h_BSD, num_thoughts + 1)
             new_BQD = interleave(thoughts)
             return new_BQD, (read(hidden_BTD), *_row_squares(new_BQD, z_BQD, None))
@@ -275,7 +279,8 @@ class Latent(Recurrence):
         num_thoughts, (batch_size, num_tokens) = self.num_latent_thoughts, x_BTD.shape[:2]
         ids = positions_BT, segment_ids_BT
         z_BQD = self._begin(backbone, x_BTD, ids, first_kept=0)
-        counted_BQ1 = None if counted_BT is None else repeat_ids(counted_BT, num_thoughts)[..., None]
+        assert z_BQD is not None  # without thoughts there is nothing to refine
+        counted_BQ1 = None if counted_BT is None else jnp.repeat(counted_BT, num_thoughts, axis=1)[..., None]
 
         def is_unsettled(backbone: nn.Module, carry: tuple) -> jax.Array:
             _, residual_B, num_passes = carry
@@ -288,7 +293,12 @@ class Latent(Recurrence):
 
         start = (z_BQD, jnp.full((batch_size,), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
         return nn.while_loop(
-            is_unsettled, refine, backbone, start, broadcast_variables="params", split_rngs={"params": False}
+            is_unsettled,  # pyright: ignore[reportArgumentType]  # it returns an array, where flax says bool
+            refine,
+            backbone,
+            start,
+            broadcast_variables="params",
+            split_rngs={"params": False},
         )
 
 
@@ -300,8 +310,8 @@ def _apply_pass(
     segment_ids_BT: jax.Array | None,
     start: int = 0,
     stop: int | None = None,
-    cache: KeyValueCache | None = None,
-) -> tuple[jax.Array, KeyValueCache | None]:
+    cache: OptionalCache = None,
+) -> tuple[jax.Array, OptionalCache]:
     """One pass over x and the thoughts there are; its outputs at slots start .. stop - 1 of every token, and the cache.
 
     Args:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from latentjax.models.cache import KeyValueCache
+from latentjax.models.cache import KeyValueCache, OptionalCache
 from latentjax.models.embedding import Vocabulary
 from latentjax.recurrence.base import Prefilled, Recurrence, prefilled_at_once
 
@@ -94,8 +94,8 @@ class Loop(Recurrence):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
-        cache: KeyValueCache | None,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
+        cache: OptionalCache,
+    ) -> tuple[jax.Array, OptionalCache]:
         """The runs, with a cache or without; hidden states (B, T, D)."""
         ids = positions_BT, segment_ids_BT
         carry = backbone(x_BTD, *ids, cache, ends=False)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latentjax.models.cache import KeyValueCache
+from latentjax.models.cache import KeyValueCache, OptionalCache
 from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
 from latentjax.models.slots import SlotRange, interleave, repeat_ids
@@ -107,9 +107,9 @@ class Pause(Recurrence):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
-        cache: KeyValueCache | None,
+        cache: OptionalCache,
         vocabulary: Vocabulary,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
+    ) -> tuple[jax.Array, OptionalCache]:
         """All slots of all tokens, with a cache to fill or without; hidden states (B, T, D) at the last pauses."""
         slots = self.slots_per_token
         pause_BTD = jnp.broadcast_to(vocabulary.embedding_of(self.token_id), x_BTD.shape)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from latentjax.models.cache import KeyValueCache
+from latentjax.models.cache import KeyValueCache, OptionalCache
 from latentjax.models.embedding import Vocabulary
 from latentjax.models.layers import shard_activation
 from latentjax.recurrence.base import Prefilled, Recurrence, prefilled_at_once
@@ -104,9 +104,9 @@ class Ponder(Recurrence):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
-        cache: KeyValueCache | None,
+        cache: OptionalCache,
         vocabulary: Vocabulary,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
+    ) -> tuple[jax.Array, OptionalCache]:
         """The passes, with a cache or without; hidden states (B, T, D)."""
         ids = positions_BT, segment_ids_BT
 

@@ -287,6 +287,7 @@ class Checkpoints:
             for text in outcomes:
                 if text.startswith(kind):
                     raise raised(text.removeprefix(kind))
+        assert state is not None  # else our own outcome was raised
         reading.check_sums(notes, self._checksums.describe(self._checksums.start(state)))
         return state, reading.without_seal(notes)
 

@@ -56,6 +56,17 @@ class Instruction:
         match = re.search(pattern, self.attributes)
         return match.group(1) if match else None
 
+    def required(self, pattern: str) -> str:
+        """As `attribute`, of what XLA writes for every instruction of the kind.
+
+        Raises:
+          ValueError: it is not there.
+        """
+        found = self.attribute(pattern)
+        if found is None:
+            raise ValueError(f"{self.opcode} {self.name!r} has no {pattern}: {self.attributes[:200]}")
+        return found
+
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it applies; of a `while`, none: see `body` and `condition`."""
@@ -66,14 +77,14 @@ class Instruction:
         return tuple(names)
 
     @property
-    def body(self) -> str | None:
+    def body(self) -> str:
         """The body of a `while`."""
-        return self.attribute(r"\bbody=%?([\w.\-]+)")
+        return self.required(r"\bbody=%?([\w.\-]+)")
 
     @property
-    def condition(self) -> str | None:
+    def condition(self) -> str:
         """The condition of a `while`."""
-        return self.attribute(r"\bcondition=%?([\w.\-]+)")
+        return self.required(r"\bcondition=%?([\w.\-]+)")
 
 
 class Computation:
@@ -145,6 +156,7 @@ def parse(text: str) -> Module:
             instruction = _parse_instruction(line)
             if instruction is not None:
                 current.instructions[instruction.name] = instruction
+    assert entry is not None, text[:200]  # every program has one
     return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 
@@ -220,6 +232,7 @@ def _iota(text: str) -> np.ndarray:
     match = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", text)
     assert match is not None, text  # a form that XLA does not write today
     shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
+    assert shape is not None  # in every form
     ids = np.arange(np.prod(source or shape)).reshape(source or shape)
     ids = ids.transpose(order) if order else ids
     return ids.reshape(shape) if source else ids
@@ -272,7 +285,7 @@ def _counted_trips(module: Module, computation: Computation, loop: Instruction) 
     first = outside.element(loop.operands[0], int(index))
     last = _constant(limit)
     if last is None and limit.opcode == "get-tuple-element":
-        last = outside.element(loop.operands[0], int(limit.attribute(r"index=(\d+)")))
+        last = outside.element(loop.operands[0], int(limit.required(r"index=(\d+)")))
     step = _step(module, body, int(index))
     if last is None or not step:
         return None
@@ -326,5 +339,5 @@ class _Scalars:
             return None
         value = _through_copies(self._computation, self._computation[source.operands[index]])
         if value.opcode == "get-tuple-element":
-            return self.element(value.operands[0], int(value.attribute(r"index=(\d+)")))
+            return self.element(value.operands[0], int(value.required(r"index=(\d+)")))
         return _constant(value)

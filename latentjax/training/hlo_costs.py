@@ -209,7 +209,7 @@ def _is_async_step(instruction: Instruction) -> bool:
 
 
 def _dot_flops(computation: Computation, dot: Instruction) -> float:
-    contracted = dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+    contracted = dot.required(r"lhs_contracting_dims=\{([\d,]*)\}")
     left = computation[dot.operands[0]].shapes[0].sizes
     return 2.0 * math.prod(dot.shapes[0].sizes) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
 
@@ -217,7 +217,7 @@ def _dot_flops(computation: Computation, dot: Instruction) -> float:
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
     """Multiplications and additions that meet no padding: on TPUs, batched products are written as convolutions."""
     left, right = (computation[name].shapes[0].sizes for name in convolution.operands[:2])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
+    labels = re.split("_|->", convolution.required(r"dim_labels=(\w+_\w+->\w+)"))
     out = convolution.shapes[0].sizes
     window = convolution.attribute(r"window=\{([^}]*)\}") or ""
     spatial = sorted(label for label in labels[2] if label.isdigit())

@@ -18,7 +18,8 @@ _DEVICE_FILES = {"cuda": ("/dev/nvidiactl",), "rocm": ("/dev/kfd",), "tpu": ("/d
 
 def computes_on_cpu() -> bool:
     """Whether jax will compute on this machine's CPU; for those who must know before it starts."""
-    named = (jax.config.jax_platforms or "").split(",")[0]
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # options are set as jax loads
+    named = (platforms or "").split(",")[0]
     if named:
         return named == "cpu"
     return not any(glob.glob(pattern) for patterns in _DEVICE_FILES.values() for pattern in patterns)

@@ -47,6 +47,8 @@ class Witness:
             stdin=subprocess.PIPE,
             text=True,
         )
+        assert self._process.stdin is not None  # a pipe
+        self._pipe = self._process.stdin
 
     def update(self, place: str) -> None:
         """Tells where this process is."""
@@ -56,12 +58,12 @@ class Witness:
         """Takes leave: whatever there is to be said, this process says itself."""
         self._say(_GOODBYE)
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._pipe.close()
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # it has died before us, and nobody minds
-            self._process.stdin.write(f"{line}\n")
-            self._process.stdin.flush()
+            self._pipe.write(f"{line}\n")
+            self._pipe.flush()
 
 
 def last_words(lines: Iterable[str], process: str, coordinator: str, verb: Verb) -> str | None:

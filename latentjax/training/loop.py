@@ -81,7 +81,7 @@ def _train_on(run: Run, stop: StopRequest) -> dict[str, Any] | Trouble | None:
     try:
         with contextlib.closing(_train_batches(run)) as batches, programs.memory_errors("training"):
             state, step, trouble = _steps(run, batches, log, progress, stop)
-        if trouble is not None:
+        if state is None:
             return trouble
         with run.goodput.part("saving"):
             run.checkpoints.save_last(state, step, run.checkpoint_notes(step))
@@ -110,6 +110,7 @@ def _steps(
     """Runs steps until the end, a stop or trouble; returns the state (None after trouble), its step and the trouble."""
     config, train = run.config, run.config.train
     state, step = run.state, run.start_step
+    assert state is not None  # `load_state` has set it
     recorder = Recorder(run, log, progress, int(jax.device_get(state.counts.skipped_updates)))
     run.state = None  # the first step takes its memory over
     stopping = Wish(run.mesh, every_steps=1)
@@ -181,6 +182,7 @@ def _judge(run: Run, params: Any, step: int, evaluates: bool, scores: bool) -> d
     """What the line of a step says of held-out text and of tasks, as far as either is due."""
     found = _evaluate(run, params) if evaluates else {}
     if scores:
+        assert run.score_tasks is not None  # tasks are due only where there are some
         if run.scorer is None:
             run.scorer = Scorer(
                 run.model,
@@ -212,6 +214,7 @@ def _evaluate(run: Run, params: Any) -> dict[str, float]:
         )
         return put_ahead(of_process, run.mesh, data.device_prefetch, rows=rows, batch_size=data.batch_size)
 
+    assert run.eval_step is not None  # compiled with the steps where evaluations are due
     with run.goodput.part("evaluation"):
         return evaluate(run.eval_step, params, {name: batches(row) for name, row in sources.eval_sets.items()})
 

@@ -1,8 +1,8 @@
 """The device mesh and the one table that says what is sharded along it."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -184,9 +184,14 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
 
     Processes that differ only along the sequence and tensor axes hold the same rows.
     """
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    indices = _own_parts(batch_sharding(mesh), (batch_size,)).values()
     rows = {row for (part,) in indices for row in range(*part.indices(batch_size))}
     return np.array(sorted(rows), np.int64)
+
+
+def _own_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> Mapping[jax.Device, tuple[slice, ...]]:
+    """The part of an array that each device of this process holds; jax's None is for other kinds of sharding."""
+    return cast(Mapping[jax.Device, tuple[slice, ...]], sharding.addressable_devices_indices_map(shape))
 
 
 def put_shards(
@@ -196,7 +201,7 @@ def put_shards(
 
     As `jax.make_array_from_callback`, but an explicit transfer, so that loops can forbid all others.
     """
-    indices = sharding.addressable_devices_indices_map(shape)
+    indices = _own_parts(sharding, shape)
     shards = jax.device_put([shard(index) for index in indices.values()], list(indices))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
@@ -210,10 +215,15 @@ def put_batch(
       batch: arrays of (n, ...).
       rows: (n,) which rows of the global batch these are, as `rows_of_process` has them, and `batch_size`, how many
         there are in all; None: all of them.
+
+    Raises:
+      ValueError: `rows` without `batch_size`.
     """
     sharding = batch_sharding(mesh)
     if rows is None:
         return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+    if batch_size is None:
+        raise ValueError("rows of a global batch are given, but not how many rows there are in all")
 
     def global_array(array: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...]) -> np.ndarray:

@@ -305,24 +305,26 @@ def _fastest(
 ) -> tuple[Any, dict[str, float | None]]:
     """Tries every variant; returns the fastest and what a step of each took at best, None for one that failed."""
     seconds: dict[str, float | None] = {}
+    running: list[tuple[float, Any]] = []
     reason = ""
     for variant in variants:
         try:
             peer = make_peer(variant)
             on_device = peer.put_batch(batch)
             time_peer_steps(peer, on_device, 0.0, _WARM_UP_STEPS)
-            seconds[str(variant)] = min(time_peer_steps(peer, on_device, 0.0, 1) for _ in range(_CHOOSING_STEPS))
-            progress.note(f"peer, {variant}: {1e3 * seconds[str(variant)]:,.1f} ms a step")
+            best = min(time_peer_steps(peer, on_device, 0.0, 1) for _ in range(_CHOOSING_STEPS))
+            progress.note(f"peer, {variant}: {1e3 * best:,.1f} ms a step")
+            seconds[str(variant)] = best
+            running.append((best, variant))
         except Exception as error:  # a compiler that is absent or fails, memory that does not suffice: not this one
             seconds[str(variant)] = None
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
             progress.note(f"peer, {variant}: does not run ({reason})")
         peer = on_device = None
         gc.collect()  # before the next one takes its memory
-    running = [variant for variant in variants if seconds[str(variant)] is not None]
     if not running:
         raise UserError(f"no variant of the peer runs here; the last one: {reason}")
-    return min(running, key=lambda variant: seconds[str(variant)]), seconds
+    return min(running, key=lambda each: each[0])[1], seconds
 
 
 def _params(config: ConfigDict, mesh: Mesh) -> Any:

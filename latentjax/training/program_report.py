@@ -153,7 +153,9 @@ def examine(config: ConfigDict, topology: Topology, num_jacobi_iterations: int |
         )
     seconds = time.monotonic() - start
     memory = _memory(compiled, topology.chip.hbm_bytes)
-    module = parse(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None  # every platform that chips are described of gives it
+    module = parse(text)
     costs = count_costs(module)
     bound = roofline(costs, topology.chip, list(mesh.devices.flat))
     fits = memory.total <= memory.capacity
@@ -179,6 +181,7 @@ def _flops_per_token(config: ConfigDict, model: LanguageModel, work: Work) -> fl
 
 def _memory(compiled: jax.stages.Compiled, capacity: float) -> Memory:
     stats = compiled.memory_analysis()
+    assert stats is not None  # likewise
     arguments, aliased = stats.argument_size_in_bytes, stats.alias_size_in_bytes
     outputs = stats.output_size_in_bytes - aliased
     temporaries, program = stats.temp_size_in_bytes, stats.generated_code_size_in_bytes

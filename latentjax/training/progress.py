@@ -14,9 +14,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 @contextlib.contextmanager
 def counting(label: str, total: int, shows: bool = True, stream: TextIO | None = None) -> Iterator[Callable]:
     """Shows how far something is: `total` of them are to be done; what is yielded is called with each number done."""
-    stream = stream or sys.stderr
-    if shows and stream.isatty():
-        with tqdm(total=total, desc=label, file=stream, dynamic_ncols=True) as bar:
+    shown_on = stream or sys.stderr
+    if shows and shown_on.isatty():
+        with tqdm(total=total, desc=label, file=shown_on, dynamic_ncols=True) as bar:
             yield bar.update
         return
     began = said = time.monotonic()
@@ -29,11 +29,11 @@ def counting(label: str, total: int, shows: bool = True, stream: TextIO | None =
         if shows and done < total and now - said >= _SECONDS_BETWEEN_LINES:
             said = now
             left = _duration((now - began) / max(done, 1) * (total - done))
-            print(f"{label}: {done:,} of {total:,}, {left} left", file=stream, flush=True)
+            print(f"{label}: {done:,} of {total:,}, {left} left", file=shown_on, flush=True)
 
     yield advance
     if shows and total:
-        print(f"{label}: {total:,} in {time.monotonic() - began:.1f} s", file=stream, flush=True)
+        print(f"{label}: {total:,} in {time.monotonic() - began:.1f} s", file=shown_on, flush=True)
 
 
 class TrainProgress:

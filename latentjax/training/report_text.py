@@ -1,6 +1,7 @@
 """Reports on compiled programs as lines of text (docs/scaling.md explains them)."""
 
 from latentjax.training.program_report import GIB, ProgramReport
+from latentjax.training.roofline import Roofline
 from latentjax.training.search import SearchResult
 
 
@@ -33,7 +34,7 @@ def report_lines(report: ProgramReport) -> list[str]:
     ]
     if report.roofline:
         lines.append(f"  each chip computes    {report.chip_flops:10.3e}  (recomputation included)")
-        lines += ["", *_collective_lines(report), "", *_roofline_lines(report)]
+        lines += ["", *_collective_lines(report), "", *_roofline_lines(report, report.roofline)]
     if report.unknown_loops:
         lines += ["", f"{report.unknown_loops} loops count as one trip: how often they run is not known"]
     return [*lines, "", report.advice or "it fits"]
@@ -53,8 +54,7 @@ def _collective_lines(report: ProgramReport) -> list[str]:
     return lines
 
 
-def _roofline_lines(report: ProgramReport) -> list[str]:
-    bounds = report.roofline
+def _roofline_lines(report: ProgramReport, bounds: Roofline) -> list[str]:
     host = [("host memory", bounds.host, report.host_bytes)] if report.host_bytes else []
     network = [("between slices", bounds.network, None)] if report.num_slices > 1 else []
     rows = [

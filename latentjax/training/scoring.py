@@ -89,7 +89,7 @@ class Scorer:
         self._decoder = model
         self._model = LanguageModel(spec, model.recurrence_spec)
         self._groups = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-        self._programs: dict[tuple[int, int], Callable] = {}
+        self._programs: dict[tuple[int, ...], Callable] = {}
         self.seconds_compiling = 0.0
 
     def score(self, requests: Sequence[Request], advance: Callable[[int], None] = lambda count: None) -> list:
@@ -166,7 +166,8 @@ class Scorer:
             self._decoder, self.params, self.mesh, num_ids=self._decoder.spec.vocab_size, end_ids=[end_id]
         )
         # Who asks for the likeliest tokens only, and for no temperature, asks for draws among them.
-        choice = Sampling(**{"temperature": 1.0} | sampling) if sampling else Sampling()
+        settings: dict[str, Any] = {"temperature": 1.0} | sampling if sampling else {}
+        choice = Sampling(**settings)
         completer.complete(prompts, num_tokens, choice, watch=watch, batch_tokens=self._batch_tokens, done=advance)
         return ids_of
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import Any
 
 # SIGUSR1 is what Slurm users commonly choose for the warning before the time limit (sbatch --signal=USR1@120).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -21,7 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:

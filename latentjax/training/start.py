@@ -79,9 +79,9 @@ class Run:
     score_tasks: ScoreTasks | None = None  # runs tasks, with a scorer made when it is first needed
     scorer: Scorer | None = None
     # From here on set by `load_state`.
-    state: TrainState | None = None
+    state: TrainState | None = None  # the loop takes it over
     start_step: int = 0
-    monitor: Monitor | None = None
+    monitor: Monitor = dataclasses.field(init=False)
 
     @property
     def num_params(self) -> int:

@@ -50,6 +50,7 @@ class CoordinatorBoard:
         from jax._src import distributed  # nothing public gives the client; libraries for checkpoints take it so too
 
         state = distributed.global_state
+        assert state.client is not None and state.coordinator_address is not None  # set as jax.distributed starts
         self._client, self.address = state.client, state.coordinator_address
         self.process, self.num_processes = state.process_id, state.num_processes
 
