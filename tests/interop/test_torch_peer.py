@@ -63,8 +63,14 @@ def assert_same_gradients(model, peer, batch):
         np.testing.assert_allclose(theirs[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("num_latent_thoughts", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("num_latent_thoughts", "masked"),
+    [
+        (0, False),
+        (1, True),
+        *[pytest.param(*each, marks=pytest.mark.long) for each in [(1, False), (2, False), (2, True)]],
+    ],
+)
 def test_loss_and_every_gradient_are_ours(num_latent_thoughts, masked):
     """Also where transformers would take repeated position ids for the starts of packed documents."""
     model = language_model(num_latent_thoughts)

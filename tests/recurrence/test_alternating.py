@@ -44,8 +44,9 @@ def computed(model, iterations, **ids):
 @pytest.mark.parametrize(
     ("architecture", "num_thoughts", "remat", "ids"),
     [
-        ("gpt2", 1, "keep_layer_inputs", {}),
-        ("llama", 2, "keep_pass_inputs", DOCUMENTS),
+        ("llama", 1, "keep_pass_inputs", DOCUMENTS),
+        pytest.param("gpt2", 1, "keep_layer_inputs", {}, marks=pytest.mark.long),
+        pytest.param("llama", 2, "keep_pass_inputs", DOCUMENTS, marks=pytest.mark.long),
         pytest.param("gpt_neox", 2, "none", DOCUMENTS, marks=pytest.mark.long),
     ],
 )
@@ -80,15 +81,14 @@ def test_gradients_through_the_last_rounds_only():
     """k = R + 2 is all; with fewer the loss is the same and the gradients are not."""
     model = language_model(1, refinement="alternating")
     losses, grads = {}, {}
-    for passes in (2, 3):
+    for passes in (2, 0):
         spec = dataclasses.replace(model.recurrence_spec, backprop_passes=passes)
         losses[passes], _, _, grads[passes] = computed(dataclasses.replace(model, recurrence_spec=spec), 1)
-    assert losses[2] == pytest.approx(losses[3], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
     with pytest.raises(AssertionError):
-        assert_same_gradients(grads[2], grads[3], 1e-2)
-    recurrence = train_recurrence(spec, 1)
+        assert_same_gradients(grads[2], grads[0], 1e-2)
+    recurrence = train_recurrence(dataclasses.replace(spec, backprop_passes=3), 1)
     assert [recurrence.num_trained_passes(iterations) for iterations in (0, 1, 2, 3)] == [2, 4, 5, 5]
-    jax.tree.map(np.testing.assert_array_equal, grads[3], computed(model, 1)[3])
 
 
 def test_a_kernel_that_takes_all_queries_gets_them(monkeypatch):

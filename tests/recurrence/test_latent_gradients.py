@@ -117,7 +117,7 @@ def test_remat_changes_neither_loss_nor_gradients(remat):
     assert_same_gradients(remat_grads, grads, 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "keep_layer_inputs"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("keep_layer_inputs", marks=pytest.mark.long)])
 def test_unrolled_loops_change_neither_loss_nor_gradients(remat):
     """And none is left in the program."""
     rolled = language_model(NUM_THOUGHTS, num_layers=3, remat=remat)

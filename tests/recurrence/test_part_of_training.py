@@ -50,7 +50,9 @@ def test_without_thoughts_it_is_one_pass_with_the_scale_of_the_method():
     assert not np.allclose(hidden_BTD, unscaled_BTD, atol=0.01)
 
 
-@pytest.mark.parametrize(("num_thoughts", "trained", "tolerance"), [(1, 2, 0.02), (2, 3, 0.05)])
+@pytest.mark.parametrize(
+    ("num_thoughts", "trained", "tolerance"), [(1, 2, 0.02), pytest.param(2, 3, 0.05, marks=pytest.mark.long)]
+)
 def test_passes_until_settled_are_as_many_passes(num_thoughts: int, trained: int, tolerance: float):
     """The loss and the gradients are those of R as it was found; which is the first for which they have settled."""
     model, most = language_model(num_thoughts, backprop_passes=trained), 8

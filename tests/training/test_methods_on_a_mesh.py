@@ -12,7 +12,9 @@ from latentjax.training.state import abstract_params
 from latentjax.training.step import summed_loss
 
 
-@pytest.mark.parametrize("method", ["ponder", "loop", "pause"])
+@pytest.mark.parametrize(
+    "method", ["ponder", *[pytest.param(each, marks=pytest.mark.long) for each in ("loop", "pause")]]
+)
 def test_a_mesh_changes_neither_loss_nor_gradients(method: str):
     """Documents kept apart, logits and predictions two tokens at a time."""
     config = default()
