@@ -53,7 +53,9 @@ class StopAtLook(StopRequest):
         return self._looks_left <= 0
 
 
-@pytest.mark.parametrize(("look", "step"), [(1, 0), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("look", "step"), [(2, 1), *[pytest.param(*each, marks=pytest.mark.long) for each in ((1, 0), (3, 2))]]
+)
 def test_no_moment_to_stop_loses_a_line_of_the_log(whole_run: Path, tmp_path: Path, look: int, step: int):
     config = recipes.get_config()
     config.mesh.data = 8  # this process has eight devices

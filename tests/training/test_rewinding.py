@@ -90,6 +90,7 @@ def test_the_run_reads_on_behind_the_trouble(rewound):
     assert notes["data_position"]["sequences"] == (24 + NUM_STEPS - 12) * 8 and notes["data_skips"] == [skip]
 
 
+@pytest.mark.long
 def test_two_processes_go_back_together(monkeypatch, tmp_path):
     """Though only one of them has bad numbers: both at the same step, and on with the numbers of one process.
 
