@@ -39,10 +39,17 @@ def test_every_mesh_has_the_losses_of_one_device(architecture: str, masked: bool
     np.testing.assert_allclose(losses, on_one_device(architecture, masked), rtol=0, atol=TOLERANCE)
 
 
-def test_two_processes_have_the_losses_of_one_device():
+@pytest.mark.parametrize(
+    "case",
+    [
+        (*RECIPES[1], "sequence=8"),  # along the sequence, both processes hold all rows
+        pytest.param((*RECIPES[0], "fsdp=8"), marks=pytest.mark.long),  # test_processes.py has another like it
+    ],
+    ids=str,
+)
+def test_two_processes_have_the_losses_of_one_device(case: tuple[str, bool, str]):
     """Of four devices each."""
-    plain, masked = RECIPES
-    cases = [(*plain, "fsdp=8"), (*masked, "sequence=8")]  # along the sequence, both processes hold all rows
+    cases = [case]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
