@@ -305,7 +305,7 @@ def from_json(text: str, source: str, *, of_any_version: bool = False) -> Config
             if value is None or isinstance(value, bool) is not isinstance(config[group][name], bool):
                 raise TypeError(f"{key} is {shown(value)}")  # which the config itself would take
             config[group][name] = value
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{source} is not a latentjax config: {brief(error.args[0] if error.args else error)}"
         ) from error

@@ -274,3 +274,9 @@ def test_json_with_a_wrong_key_or_type():
     assert error_of(from_json, json.dumps(content), "c.json").startswith("c.json is not a latentjax config: ")
     content["model"] = dict(default().model) | {"num_lay": 3}
     assert "num_lay" in error_of(from_json, json.dumps(content), "c.json")
+
+
+def test_json_with_a_number_that_no_float_holds():
+    content = json.loads(to_json(default()))
+    content["optimizer"]["b1"] = 10**400
+    assert error_of(from_json, json.dumps(content), "c.json").startswith("c.json is not a latentjax config: ")
