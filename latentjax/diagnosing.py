@@ -14,14 +14,13 @@ from latentjax.evaluating import EvaluationRequest, evaluation_config, open_text
 from latentjax.opening import find_model, is_run, open_model
 from latentjax.recurrence.methods import make_recurrence
 from latentjax.training import processes, programs, run_directory
+from latentjax.training.diagnostics import DIAGNOSTICS_FILE, make_diagnostic_step
 from latentjax.training.diagnostics import diagnose as diagnose_batches
-from latentjax.training.diagnostics import make_diagnostic_step
 from latentjax.training.mesh import BATCH_AXES
 from latentjax.training.progress import counting
 from latentjax.training.storage_errors import one_line
 from latentjax.validation import MOST_JACOBI_ITERATIONS
 
-FILE = "diagnostics.json"  # of a run
 _PASSES_BY_POSITION = 4  # columns of the table: R = 0 .. 3
 
 
@@ -81,7 +80,7 @@ class DiagnosticsResult:
         """
         if self.workdir is None:
             return
-        path = self.workdir / FILE
+        path = self.workdir / DIAGNOSTICS_FILE
         try:
             run_directory.write_whole(path, json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n")
         except OSError as error:

@@ -79,10 +79,7 @@ class LanguageModel(nn.Module):
         """
         if num_jacobi_iterations is None:
             num_jacobi_iterations = self.recurrence_spec.num_jacobi_iterations
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        vocabulary = self.vocabulary()
-        x_BTD = vocabulary.embed(tokens_BT)
+        vocabulary, x_BTD, positions_BT = self._fed(tokens_BT, positions_BT)
         if self.is_initializing():
             # Parameters are the backbone's: one plain pass makes them all, whatever the method does with it.
             return self.backbone(x_BTD, positions_BT, segment_ids_BT)[0], None
@@ -113,18 +110,23 @@ class LanguageModel(nn.Module):
         Returns:
           (B, T, D), and the number of refinement passes, int32.
         """
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        vocabulary = self.vocabulary()
+        vocabulary, x_BTD, positions_BT = self._fed(tokens_BT, positions_BT)
         return train_recurrence(self.recurrence_spec, num_latent_thoughts).forward_settled(
             self.backbone,
-            vocabulary.embed(tokens_BT),
+            x_BTD,
             positions_BT,
             segment_ids_BT,
             vocabulary=vocabulary,
             num_jacobi_iterations=num_jacobi_iterations,
             tolerance=tolerance,
         )
+
+    def _fed(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> tuple[Vocabulary, jax.Array, jax.Array]:
+        """What every method is given of tokens: the vocabulary, their embeddings, and positions, 0 .. T - 1 if None."""
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        vocabulary = self.vocabulary()
+        return vocabulary, vocabulary.embed(tokens_BT), positions_BT
 
     def vocabulary(self) -> Vocabulary:
         """The ways between token ids and vectors, as the method scales them."""
@@ -154,12 +156,10 @@ class LanguageModel(nn.Module):
         Returns:
           (B, T, D), each row's thought residual (B,), and the number of refinement passes, int32.
         """
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        vocabulary = self.vocabulary()
+        vocabulary, x_BTD, positions_BT = self._fed(tokens_BT, positions_BT)
         return self.recurrence.forward_until(
             self.backbone,
-            vocabulary.embed(tokens_BT),
+            x_BTD,
             positions_BT,
             segment_ids_BT,
             vocabulary=vocabulary,
@@ -181,12 +181,10 @@ class LanguageModel(nn.Module):
         Returns:
           What `read` gave of each, stacked as (R + 1, ...); and the squares of the thoughts' changes and sizes, (R, B).
         """
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        vocabulary = self.vocabulary()
+        vocabulary, x_BTD, positions_BT = self._fed(tokens_BT, positions_BT)
         return self.recurrence.forward_each(
             self.backbone,
-            vocabulary.embed(tokens_BT),
+            x_BTD,
             positions_BT,
             segment_ids_BT,
             vocabulary=vocabulary,
@@ -202,12 +200,10 @@ class LanguageModel(nn.Module):
         segment_ids_BT: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads in sequential decoding of these tokens, (B, T, D); arguments as in `__call__`."""
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        vocabulary = self.vocabulary()
+        vocabulary, x_BTD, positions_BT = self._fed(tokens_BT, positions_BT)
         hidden_BTD, _ = self.recurrence.decode_each(
             self.backbone,
-            vocabulary.embed(tokens_BT),
+            x_BTD,
             positions_BT,
             segment_ids_BT,
             self.empty_cache(*tokens_BT.shape),

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from latentjax.reporting.numbers import finite
-
-DIAGNOSTICS_FILE = "diagnostics.json"
+from latentjax.training.diagnostics import DIAGNOSTICS_FILE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,9 +95,9 @@ def benchmark_saving(config: ConfigDict, directory: Path, every: int, rounds: in
     settings = config.checkpoint.copy_and_resolve_references()
     settings.update(max_to_keep=1, keep_every_steps=0, every_minutes=0.0)
     checkpoints = Checkpoints(epath.Path(directory.absolute()), settings, abstract)
-    thoughts, iterations = schedule_of(config).works[0]
-    progress.note(f"C={thoughts} R={iterations}: compiling")
-    program = compile_lowered(lower_train_step(config, model, mesh, abstract, iterations, thoughts), mesh)
+    work = schedule_of(config).works[0]
+    progress.note(f"C={work.num_latent_thoughts} R={work.num_jacobi_iterations}: compiling")
+    program = compile_lowered(lower_train_step(config, model, mesh, abstract, work), mesh)
     state = create_state(model, optimizer, mesh, config.train.seed)
     state, _ = time_steps(program, state, batch, 1)
 

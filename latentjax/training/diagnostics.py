@@ -14,6 +14,7 @@ from latentjax.recurrence.decoding import decoding_model
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.training.step import Batch, Metrics, loss_of_hidden
 
+DIAGNOSTICS_FILE = "diagnostics.json"  # of a run
 _FIRST_BIN = 4  # positions: with R = 3 and one thought, those that are exact
 # A pass that leaves more of a value than this, at no more than so many epsilons, shrinks rounding alone.
 _STANDSTILL, _ROUNDING_EPSILONS = 0.8, 32

@@ -21,6 +21,7 @@ from latentjax.data.progress import Progress
 from latentjax.errors import UserError
 from latentjax.models.spec import ModelSpec
 from latentjax.recurrence.base import RecurrenceSpec
+from latentjax.recurrence.draw import Work
 from latentjax.training.mesh import make_mesh, put_batch
 from latentjax.training.optimizer import learning_rate_schedule, make_optimizer
 from latentjax.training.programs import compile_lowered, lower_train_step, make_model, memory_errors, sharded_tracing
@@ -163,7 +164,8 @@ def compare(
         device memory does not suffice.
     """
     mesh = single_device_mesh(config)
-    iterations = config.recurrence.train_jacobi_iterations[0]
+    work = _work(config)
+    iterations = work.num_jacobi_iterations
     # The model first: an attention backend that cannot serve here is found before the long check.
     model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, config.train.num_steps)
     progress.note("checking that both compute the same")
@@ -174,9 +176,7 @@ def compare(
     batch = random_batch(config, config.data.batch_size)
     tensors = maker.tensors(_params(config, mesh), model.spec)
     progress.note("compiling our step")
-    program = compile_lowered(
-        lower_train_step(config, model, mesh, abstract_state(model, optimizer, mesh), iterations), mesh
-    )
+    program = compile_lowered(lower_train_step(config, model, mesh, abstract_state(model, optimizer, mesh), work), mesh)
 
     def make_peer(variant: Any) -> Peer:
         return maker.make(config, model.spec, model.recurrence_spec, tensors, iterations, variant)
@@ -232,6 +232,11 @@ def check_agreement(config: ConfigDict, mesh: Mesh, maker: PeerMaker, iterations
     return Agreement(float(loss), peer_loss, _norm(ours), _norm(theirs), worst, differences[worst])
 
 
+def _work(config: ConfigDict) -> Work:
+    """What is measured: the model's own C, and the first R that training draws."""
+    return Work(config.recurrence.num_latent_thoughts, config.recurrence.train_jacobi_iterations[0])
+
+
 def our_step_fits(config: ConfigDict) -> bool:
     """Whether a step of the recipe fits the first device's memory."""
     mesh = single_device_mesh(config)
@@ -239,7 +244,7 @@ def our_step_fits(config: ConfigDict) -> bool:
     try:
         with memory_errors("trying a batch"):
             abstract = abstract_state(model, optimizer, mesh)
-            lowered = lower_train_step(config, model, mesh, abstract, config.recurrence.train_jacobi_iterations[0])
+            lowered = lower_train_step(config, model, mesh, abstract, _work(config))
             program = compile_lowered(lowered, mesh)
             state = create_state(model, optimizer, mesh, config.train.seed)
             time_steps(program, state, put_batch(random_batch(config, config.data.batch_size), mesh), _WARM_UP_STEPS)

@@ -137,9 +137,7 @@ def examine(config: ConfigDict, topology: Topology, num_jacobi_iterations: int |
     }
     start = time.monotonic()
     state = abstract_state(model, make_optimizer(config.optimizer, config.train.num_steps), mesh)
-    lowered = programs.lower_train_step(
-        config, model, mesh, state, work.num_jacobi_iterations, work.num_latent_thoughts
-    )
+    lowered = programs.lower_train_step(config, model, mesh, state, work)
     try:
         compiled = programs.compile_lowered(lowered, mesh)
     except UserError as error:

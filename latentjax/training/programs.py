@@ -112,21 +112,18 @@ def lower_train_step(
     model: LanguageModel,
     mesh: Mesh,
     state: TrainState,
-    num_jacobi_iterations: int,
-    num_latent_thoughts: int | None = None,
+    work: Work,
 ) -> jax.stages.Lowered:
-    """Traces the train step for one R and C and says where everything lies; nothing is compiled yet.
+    """Traces the train step for one C and R and says where everything lies; nothing is compiled yet.
 
     Args:
       state: abstract, with shardings. The step takes the state over: its memory is reused for the new one.
-      num_latent_thoughts: C; None: the model's own.
     """
     step = make_train_step(
         model,
         make_optimizer(config.optimizer, config.train.num_steps),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
-        num_jacobi_iterations=num_jacobi_iterations,
-        num_latent_thoughts=num_latent_thoughts,
+        work=work,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         counts_damage=config.data.on_corrupt_block == "skip",
@@ -196,10 +193,7 @@ def compile_programs(
       UserError: a program does not fit the devices' memory.
     """
     works = schedule_of(config).works
-    lowerings = [
-        partial(lower_train_step, config, model, mesh, state, work.num_jacobi_iterations, work.num_latent_thoughts)
-        for work in works
-    ]
+    lowerings = [partial(lower_train_step, config, model, mesh, state, work) for work in works]
     if evaluates:
         lowerings.append(partial(lower_eval_step, config, model, mesh, state.params))
     with ThreadPoolExecutor(max_workers=len(lowerings)) as pool:

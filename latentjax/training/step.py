@@ -1,4 +1,4 @@
-"""The train step and the evaluation step, each a pure function that is compiled once per R."""
+"""The train step and the evaluation step, each a pure function that is compiled once per C and R."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latentjax.recurrence.draw import Work
 from latentjax.recurrence.language_model import LanguageModel
 from latentjax.training.loss import next_token_loss
 from latentjax.training.optimizer import keep_unless
@@ -22,13 +23,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    num_jacobi_iterations: int,
-    num_latent_thoughts: int | None = None,
+    work: Work,
     gradient_accumulation_steps: int,
     loss_chunk_tokens: int,
     counts_damage: bool,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns step(state, batch) -> (state, metrics), for one R and one C.
+    """Returns step(state, batch) -> (state, metrics), for one C and one R.
 
     The batch holds `tokens` (B, T + 1) and `loss_weights` (B, T), and with document masks `segment_ids` and `positions`
     (B, T). Metrics are float32 scalars: `loss` in nats per token, `grad_norm` before clipping, `learning_rate`; and
@@ -39,11 +39,10 @@ def make_train_step(
     and the step counts all the same.
 
     Args:
-      num_latent_thoughts: C; None: the model's own.
+      work: C and R.
       counts_damage: whether windows without any weight are counted, as `damaged_windows`.
     """
-
-    thoughts = model.recurrence_spec.num_latent_thoughts if num_latent_thoughts is None else num_latent_thoughts
+    thoughts, num_jacobi_iterations = work
     tolerance = model.recurrence_spec.train_tolerance if thoughts else 0.0
 
     def loss_sum(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:

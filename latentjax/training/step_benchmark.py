@@ -180,7 +180,7 @@ def benchmark_steps(config: ConfigDict, thoughts: Sequence[int], rounds: int, st
             key = (of_work.forwards_per_token - 1, iterations)
             progress.note(f"C={key[0]} R={key[1]}: compiling")
             start = time.perf_counter()
-            lowered = lower_train_step(each, model, mesh, abstract, iterations, work.num_latent_thoughts)
+            lowered = lower_train_step(each, model, mesh, abstract, work)
             traced = time.perf_counter()
             programs[key] = compile_lowered(lowered, mesh)
             compiled = time.perf_counter()

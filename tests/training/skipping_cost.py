@@ -23,7 +23,7 @@ from latentjax.training.hlo import parse
 from latentjax.training.hlo_costs import count_costs
 from latentjax.training.mesh import make_mesh
 from latentjax.training.optimizer import make_optimizer
-from latentjax.training.programs import compile_lowered, distinct_iterations, lower_train_step, make_model
+from latentjax.training.programs import compile_lowered, lower_train_step, make_model, schedule_of
 from latentjax.training.state import abstract_state, create_state
 from latentjax.training.step_benchmark import device_batch, time_steps
 from latentjax.training.topology import make_topology
@@ -41,7 +41,7 @@ def compile_both(config: ConfigDict, devices: list[jax.Device]) -> dict[str, jax
             if kind == "plain":
                 patch.setattr(step, "keep_unless", lambda taken, after, before: after)
             abstract = abstract_state(model, optimizer, mesh)
-            lowered = lower_train_step(config, model, mesh, abstract, distinct_iterations(model)[0])
+            lowered = lower_train_step(config, model, mesh, abstract, schedule_of(config).works[0])
         programs[kind] = compile_lowered(lowered, mesh)
     return programs
 

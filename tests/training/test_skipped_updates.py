@@ -7,6 +7,7 @@ import pytest
 from tiny import language_model, tokens
 
 from latentjax.config import default
+from latentjax.recurrence.draw import Work
 from latentjax.training.mesh import make_mesh, put_batch, replicated
 from latentjax.training.optimizer import learning_rate_schedule, make_optimizer
 from latentjax.training.programs import sharded_tracing
@@ -36,7 +37,7 @@ def training():
         MODEL,
         optimizer,
         learning_rate_schedule(config.optimizer, 10),
-        num_jacobi_iterations=0,
+        work=Work(MODEL.recurrence_spec.num_latent_thoughts, 0),
         gradient_accumulation_steps=1,
         loss_chunk_tokens=0,
         counts_damage=True,

@@ -9,6 +9,7 @@ import pytest
 from tiny import language_model, tokens
 
 from latentjax.config import default
+from latentjax.recurrence.draw import Work
 from latentjax.training.mesh import make_mesh, put_batch, replicated
 from latentjax.training.optimizer import learning_rate_schedule, make_optimizer
 from latentjax.training.programs import sharded_tracing
@@ -52,7 +53,7 @@ def trained(axes=ONE_DEVICE, microbatches=1, loss_chunk_tokens=0):
         MODEL,
         optimizer,
         learning_rate_schedule(optimizer_config(), NUM_STEPS),
-        num_jacobi_iterations=1,
+        work=Work(MODEL.recurrence_spec.num_latent_thoughts, 1),
         gradient_accumulation_steps=microbatches,
         loss_chunk_tokens=loss_chunk_tokens,
         counts_damage=False,
